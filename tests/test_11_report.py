@@ -1,0 +1,104 @@
+"""The record of a run: final line, metrics.jsonl, submission.json, and what it says about the rules."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import train_gpt as t
+
+SCORE = t.Score(val_loss=2.0, val_bpb=1.2, num_targets=200, num_bytes=400, seconds=1.0)
+FIGURES = {"bytes_model": 1000, "train_seconds": 10.0, "eval_seconds": 2.0}
+
+
+@pytest.fixture
+def reported(make_run: Callable[..., t.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict]:
+    """Reports a made-up score of a run with the given settings; returns submission.json, the log and the metrics."""
+    monkeypatch.chdir(tmp_path)
+
+    def report(figures: dict | None = None, **settings: object) -> dict:
+        run = make_run(**settings)
+        run.rt.open_log(f"run-{len(list(tmp_path.glob('logs/*')))}")
+        t.banner(run)
+        t.report(run, SCORE, {**FIGURES, **(figures or {})})
+        folder = run.rt.run_dir
+        return {
+            **json.loads((folder / "submission.json").read_text()),
+            "log": (folder / "train.log").read_text(),
+            "metrics": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+            "script": (folder / "train_gpt.py").read_bytes(),
+        }
+
+    return report
+
+
+FINAL = re.compile(
+    r"^final_exact val_loss:2\.00000000 val_bpb:1\.20000000 kind:(\w+) targets:200 bytes:400 "
+    r"eval_time:2000ms total_bytes:(\d+) compliant:([01])$",
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({}, "ttt_score_first"),
+        ({"ttt_mode": "pre"}, "ttt_pre"),
+        ({"ttt_enabled": False}, "sliding"),
+        ({"ttt_enabled": False, "eval_stride": 0}, "plain"),
+    ],
+)
+def test_the_final_line_has_one_form_for_every_kind_of_score(reported: Callable, settings: dict, kind: str) -> None:
+    lines = FINAL.findall(reported(**settings)["log"])
+    assert [line[0] for line in lines] == [kind]
+    assert int(lines[0][1]) == 1000 + t.CODE.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("settings", "figures", "reason"),
+    [
+        ({"ttt_mode": "pre"}, {}, "before they are scored"),
+        ({"max_val_tokens": 100}, {}, "a part of the validation text"),
+        ({}, {"bytes_model": 16_000_000}, "over 16,000,000 bytes"),
+        ({}, {"train_seconds": 600.1}, "training took over 600 s"),
+        ({}, {"eval_seconds": 600.1}, "scoring took over 600 s"),
+    ],
+)
+def test_each_broken_rule_is_named_and_makes_the_run_not_compliant(
+    reported: Callable, settings: dict, figures: dict, reason: str
+) -> None:
+    result = reported(figures, **settings)
+    assert result["compliant"] is False
+    assert len(result["rule_breaks"]) == 1 and reason in result["rule_breaks"][0]
+    assert reason in result["log"] and "compliant:0" in result["log"]
+
+
+def test_a_run_within_the_rules_is_compliant_and_its_record_complete(reported: Callable) -> None:
+    result = reported()
+    assert result["compliant"] is True and result["rule_breaks"] == []
+    assert result["bytes_total"] == result["bytes_model"] + result["bytes_code"] == 1000 + len(t.CODE.read_bytes())
+    assert (result["val_loss"], result["val_bpb"], result["seed"]) == (2.0, 1.2, 1337)
+    assert result["settings"].keys() == t.Hyperparameters.knobs().keys()
+    assert result["script"] == t.CODE.read_bytes()
+    assert [event["event"] for event in result["metrics"]] == ["config", "final"]
+    final = result["metrics"][-1]
+    assert all(final[key] == result[key] for key in ("val_loss", "val_bpb", "kind", "bytes_total", "compliant"))
+
+
+def test_the_banner_accounts_for_every_parameter(reported: Callable) -> None:
+    log = reported()["log"]
+    counts = [int(n.replace(",", "")) for n in re.findall(r"^parameters: \w+ +([\d,]+) in ", log, re.MULTILINE)]
+    total = int(re.search(r"^parameters: ([\d,]+) in all", log, re.MULTILINE)[1].replace(",", ""))
+    assert len(counts) == len(t.FAMILIES) and sum(counts) == total > 0
+    for expected in (
+        "device:cpu",
+        "attention:sdpa",
+        "validation: random",
+        "training: 1 shards, 5,000 tokens",
+        "plan: ",
+    ):
+        assert expected in log
