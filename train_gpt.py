@@ -59,9 +59,9 @@ class UserError(ValueError):
 BIG = 10**12
 NUMBER = re.compile(r"[+-]?((0|[1-9][0-9_]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")  # no 092: float() reads 92.0
 # Variables of the published scripts without an effect here (the README says why): names, and families by first word.
-RETIRED = set("DTG EMBED_LR GPTQ GRAD_QUANT HEAD_LR KEEP_FLOAT_MAX_NUMEL LAWA MTP QAT WEIGHT_DECAY".split())
-# First words that foreign variables share (MAX_JOBS, NUM_THREADS, DATA_DIR): there only a near spelling is an error.
-COMMON_WORDS = {"COMPILE", "DATA", "DEVICE", "EXPORT", "MAX", "MICRO", "MODEL", "NUM", "PROJ", "RUN", "SEED", "SIZE"}
+RETIRED = set("CONTROL DTG EMBED_LR GPTQ GRAD_QUANT HEAD_LR INT8 KEEP LAWA MTP QAT WEIGHT_DECAY".split())
+# Foreign variables, and first words that those share with knobs (MAX_JOBS): of these only a near spelling is an error.
+COMMON = set("COMPILE DATA DEVICE EXPORT MAX MICRO MODEL MODEL_DIR NUM NUM_THREADS PROJ RUN SEED SIZE".split())
 
 
 class Knob:
@@ -224,20 +224,25 @@ class Hyperparameters:
         bits = [name.upper() for name in self.knobs() if name.endswith("_bits") and 8 < getattr(self, name) < 16]
         try:
             indices = [int(i) for i in self.ve_layers.split(",")] if self.ve_enabled else []
-            self.ve_blocks = sorted({i + layers if i < 0 else i for i in indices})
-            self.floor = None if self.quant_floor == "auto" else float(self.quant_floor)
-            pairs = [item.split(":") for item in self.ttt_lr_groups.split(",") if item]
-            self.ttt_multipliers = {part: float(factor) for part, factor in pairs}
-            self.fp16_patterns = [part for part in self.fp16_keep_name_patterns.split(",") if part]
+            pairs = [(part, number) for part, number in (x.split(":") for x in self.ttt_lr_groups.split(",") if x)]
         except ValueError:
-            given = f"VE_LAYERS={self.ve_layers} QUANT_FLOOR={self.quant_floor} TTT_LR_GROUPS={self.ttt_lr_groups}"
-            raise UserError(f"{given}: one is malformed, use the forms 9,10 and auto or 1.0 and mlp.proj:3") from None
+            given = f"VE_LAYERS={self.ve_layers} TTT_LR_GROUPS={self.ttt_lr_groups}"
+            raise UserError(f"{given}: one is malformed, use the forms 9,10 and mlp.proj:3,mlp.fc:0.5") from None
+        self.ve_blocks = sorted({i + layers if i < 0 else i for i in indices})
+        number = Knob(0.0, (0.0, 1e3), "a plain number (or auto, for QUANT_FLOOR)").parse
+        self.floor = None if self.quant_floor == "auto" else number("quant_floor", self.quant_floor)
+        self.ttt_multipliers = {part: number("ttt_lr_groups", text) for part, text in pairs}
+        self.fp16_patterns = [part for part in self.fp16_keep_name_patterns.split(",") if part]
         for wrong, message in (
             (not self.tie_embeddings, "TIE_EMBEDDINGS=0 is not built: an untied head measured worse (+0.008)"),
             (dim % heads, f"MODEL_DIM={dim} is not a multiple of NUM_HEADS={heads}"),
             (heads % kv, f"NUM_HEADS={heads} is not a multiple of NUM_KV_HEADS={kv}"),
             (self.head_dim % 2, f"MODEL_DIM={dim} / NUM_HEADS={heads} is odd, but rotary positions need pairs"),
             (rope % 2 or rope > self.head_dim, f"ROPE_DIMS={rope} is odd or above the head width {self.head_dim}"),
+            (
+                max(length, window) * (rope or self.head_dim) > 2**27,
+                f"{length} or {window} positions are absurdly many",
+            ),
             (1 in tables, f"BIGRAM_, TRIGRAM_VOCAB_SIZE={tables}: 1 leaves no row for n-grams, use 0 or at least 2"),
             (self.trigram_shared and not self.bigram_vocab_size, "TRIGRAM_SHARED=1 needs BIGRAM_VOCAB_SIZE above 0"),
             (set(self.ve_blocks) - set(range(layers)), f"VE_LAYERS={self.ve_layers}: blocks are 0 to {layers - 1}"),
@@ -245,37 +250,33 @@ class Hyperparameters:
             (tokens % length, f"TRAIN_BATCH_TOKENS={tokens} is not a multiple of TRAIN_SEQ_LEN={length}"),
             (self.ttt_freeze_blocks > layers, f"TTT_FREEZE_BLOCKS={self.ttt_freeze_blocks} is over {layers} layers"),
             (self.late_qat and self.floor is None, "LATE_QAT=1 needs the export's grid: set QUANT_FLOOR to a number"),
-            (not 0 <= (self.floor or 0.0) <= 1e3, f"QUANT_FLOOR={self.floor} is outside [0, 1000]"),
-            (
-                not all(0 <= f <= 1e3 for f in self.ttt_multipliers.values()),
-                f"TTT_LR_GROUPS={self.ttt_lr_groups}: 0 to 1000",
-            ),
             (bits, f"{', '.join(bits)}: stored bits are 2 to 8, or 16 for fp16"),
             (self.eval_only and self.export_only, "EVAL_ONLY and EXPORT_ONLY are both set: use one of them"),
-            (not re.fullmatch(r"[\w.-]*", self.run_id), f"RUN_ID={self.run_id}: use letters, digits, '.', '_' and '-'"),
+            (not re.fullmatch(r"(\w[\w.-]*)?", self.run_id), f"RUN_ID={self.run_id}: use letters, digits, '.', '_', -"),
         ):
             if wrong:
                 raise UserError(message)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Returns ': did you mean …?' with the nearest known name, or an empty text."""
+    """Returns ' (did you mean …?)' with the nearest known name, or an empty text."""
     near = difflib.get_close_matches(name, list(known), 1)
-    return f": did you mean {near[0]}?" if near else ""
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def read_environment(knobs: Iterable[str]) -> dict[str, str]:
     """Returns knob -> text as far as the environment sets knobs; refuses names that look like knobs and are none. Of 44
     merged READMEs of the challenge, 4 set variables that nothing read."""
     names, given = {knob.upper() for knob in knobs}, {}
-    own_words = {name.split("_")[0] for name in names} - COMMON_WORDS
+    own_words = {name.split("_")[0] for name in names} - COMMON
     for name, value in os.environ.items():
+        first = name.split("_")[0]
         if name in names:
             given[name.lower()] = value
-        elif {name, name.split("_")[0]} & RETIRED:
+        elif {name, first} & RETIRED:
             raise UserError(f"{name} has no effect in this script: unset it (the README says what to use)")
-        elif name.split("_")[0] in own_words or difflib.get_close_matches(name, names, 1, 0.85):
-            raise UserError(f"{name} is no setting of this script{suggest(name, names)} Unset or rename it")
+        elif name not in COMMON and (first in own_words or difflib.get_close_matches(name, names, 1, 0.85)):
+            raise UserError(f"{name} is no setting of this script{suggest(name, names)}: unset or rename it")
     return given
 
 
@@ -377,8 +378,8 @@ class Runtime:
 
     def open_log(self, run_id: str) -> None:
         """Makes logs/<run_id>/ with a copy of this script. A run that is there is never overwritten: UserError."""
-        start = datetime.fromtimestamp(self.agree(time.time()))
-        self.run_dir = Path("logs") / (run_id or f"{start:%Y%m%d-%H%M%S}")
+        start = self.agree(time.time())
+        self.run_dir = Path("logs") / (run_id or f"{datetime.fromtimestamp(start):%Y%m%d-%H%M%S}")
         if self.agree(self.run_dir.exists()):
             raise UserError(f"{self.run_dir} exists already: choose another RUN_ID, or move it away")
         if self.rank == 0:
@@ -414,7 +415,7 @@ class Progress:
         if rt.rank == 0 and sys.stdout.isatty():
             self.bar = need("tqdm", "for bars").tqdm(total=total, desc=label, unit=unit, unit_scale=True, leave=False)
 
-    def advance(self, amount: int) -> None:
+    def advance(self, amount: float) -> None:
         self.done, now = self.done + amount, time.perf_counter()
         if self.bar is not None:
             self.bar.update(amount)
@@ -422,9 +423,8 @@ class Progress:
                 self.bar.close()
         elif now - self.last > self.every:
             self.last, seconds = now, now - self.start
-            rate, left = self.done / seconds, seconds * (self.total / self.done - 1)
-            done = f"{self.done:,}/{self.total:,} {rate:,.1f} {self.unit}/s"
-            self.rt.log(f"{self.label}: {done} elapsed:{seconds:.0f}s left:{left:.0f}s")
+            rate, left = f"{self.done / seconds:,.1f} {self.unit}/s", seconds * (self.total / self.done - 1)
+            self.rt.log(f"{self.label}: {self.done:,}/{self.total:,} {rate} elapsed:{seconds:.0f}s left:{left:.0f}s")
 
 
 def need(module: str, otherwise: str) -> Any:
@@ -455,7 +455,8 @@ def find_path(path: str | Path, variable: str) -> Path:
     for base in (Path(), *CODE.parents):
         if (base / path).exists():
             return base / path
-    raise UserError(f"{variable}={path} does not exist (looked from {Path.cwd()}): {DATA_HELP}")
+    fix = DATA_HELP if variable.endswith("_PATH") else "give the path of a file that a run has left in logs/"
+    raise UserError(f"{variable}={path} does not exist (looked from {Path.cwd()}): {fix}")
 
 
 def load_data_shard(path: Path) -> np.ndarray:
@@ -466,7 +467,7 @@ def load_data_shard(path: Path) -> np.ndarray:
         raise UserError(f"{path} is no token shard, it {found}: fetch it again")
     expected = SHARD_HEADER_BYTES + 2 * int(header[2])
     if header[2] < 1 or size != expected:
-        state = "truncated" if size < expected else "oversized"
+        state = "empty" if header[2] < 1 else "truncated" if size < expected else "oversized"
         raise UserError(f"{path} is {state}: {size} bytes, but its header declares {expected}: fetch it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
 
@@ -479,7 +480,11 @@ def load_shards(h: Hyperparameters, split: str) -> list[np.ndarray]:
         raise UserError(f"DATA_PATH={folder} holds no *_{split}_*.bin: {DATA_HELP}")
     for both in {path.resolve() for path in paths} & {path.resolve() for path in others}:
         raise UserError(f"{both} is both a train and a validation shard (*_train_*, *_val_*): rename or remove it")
-    return [load_data_shard(path) for path in paths]
+    shards = [load_data_shard(path) for path in paths]
+    for path, shard in zip(paths, shards):  # all of them now: a run must not end with this after ten minutes
+        if (highest := int(shard.max())) >= h.vocab_size:
+            raise UserError(f"{path} holds token {highest}, but VOCAB_SIZE={h.vocab_size}: {DATA_HELP}")
+    return shards
 
 
 def batch_plan(h: Hyperparameters, world_size: int) -> tuple[int, int]:
@@ -510,10 +515,7 @@ class TokenLoader:
             index = int(np.searchsorted(self.offsets, at, side="right")) - 1
             parts.append(self.shards[index][at - self.offsets[index] :][: num_tokens - num_read].astype(np.int32))
             num_read += len(parts[-1])
-        tokens = np.concatenate(parts)
-        if (highest := int(tokens.max())) >= self.h.vocab_size:
-            raise UserError(f"a train shard holds token {highest}, but VOCAB_SIZE={self.h.vocab_size}: {DATA_HELP}")
-        return tokens
+        return np.concatenate(parts)
 
     def next_batch(self) -> list[tuple[Tensor, Tensor]]:
         """Returns this rank's micro-batches of the next step: inputs and targets, int64 (B, T)."""
@@ -545,7 +547,9 @@ def build_sentencepiece_luts(sp: Any, vocab_size: int, device: torch.device | st
     ids, pieces = range(vocab_size), [sp.id_to_piece(i) for i in range(vocab_size)]
     is_boundary_token = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids]
     has_leading_space = [pieces[i].startswith("\u2581") and not is_boundary_token[i] for i in ids]
-    num_bytes = [1 if sp.is_byte(i) else len(pieces[i].removeprefix("\u2581").encode()) for i in ids]
+    num_bytes = [
+        1 if sp.is_byte(i) else len(pieces[i].removeprefix("\u2581").replace("\u2581", " ").encode()) for i in ids
+    ]
     base_bytes = [0 if is_boundary_token[i] else num_bytes[i] for i in ids]
     return tuple(torch.tensor(lut, device=device) for lut in (base_bytes, has_leading_space, is_boundary_token))
 
@@ -558,8 +562,6 @@ def load_validation_tokens(h: Hyperparameters) -> Validation:
     """Returns the text of all validation shards, cut to a multiple of the window as in all published scores."""
     sp, shards = load_tokenizer(h.tokenizer_path, h.vocab_size), load_shards(h, "val")
     tokens = torch.from_numpy(np.concatenate([shard.astype(np.int32) for shard in shards]))
-    if (highest := int(tokens.max())) >= h.vocab_size:
-        raise UserError(f"a val shard holds token {highest}, but VOCAB_SIZE={h.vocab_size}: {DATA_HELP}")
     num_targets = min(len(tokens) - 1, h.max_val_tokens or BIG)
     num_targets = num_targets // h.window * h.window or num_targets
     left_off, tokens = len(tokens) - 1 - num_targets, tokens[: num_targets + 1]
@@ -597,7 +599,7 @@ def pick_attention(wanted: str, usable: bool) -> tuple[Callable, str]:
         if wanted in ("auto", name):
             try:
                 module = importlib.import_module(package)
-                return flash, name
+                return flash, f"{name} ({'; '.join(notes) or 'found'})"
             except ImportError as error:
                 notes.append(f"no {name}: {error}")
     if wanted in ("fa3", "fa2"):
@@ -620,8 +622,7 @@ class Linear(nn.Linear):
 class Rotary(nn.Module):
     """Rotary position embedding (Su et al. 2021) of the first ROPE_DIMS dimensions r of each head. The base is b
     (TRAIN_SEQ_LEN / ROPE_TRAIN_LEN)^(r / (r - 2)) where that is larger than b ("NTK-aware" scaling): 22,081.79 at 2048
-    for r = 16. It follows from the training length alone, so scoring uses the same function. The tables are no buffers:
-    they move with the model, but `.bfloat16()` cannot round positions, as in PR 562."""
+    for r = 16; scoring at another length keeps it. The tables are no buffers: no cast rounds positions (PR 562's)."""
 
     def __init__(self, h: Hyperparameters):
         super().__init__()
@@ -633,8 +634,7 @@ class Rotary(nn.Module):
         self.cos, self.sin = angles.cos().float(), angles.sin().float()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Rotary:
-        device = fn(torch.empty(0)).device
-        self.cos, self.sin = self.cos.to(device), self.sin.to(device)
+        self.cos, self.sin = (table.to(fn(torch.empty(0)).device) for table in (self.cos, self.sin))
         return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor, end: int) -> Tensor:
@@ -769,9 +769,9 @@ class GPT(nn.Module):
             self.trigram = TokenTable(h.trigram_vocab_size, h.trigram_dim, dim, (3,), 0.03)
         if self.ve_blocks:
             self.ve_shared = TokenTable(h.vocab_size, h.ve_dim, h.num_kv_heads * h.head_dim, (1,), 0.1)
-            self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in self.ve_blocks)
         self.blocks = nn.ModuleList(Block(h, layer, rotary) for layer in range(h.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(self.num_encoders, dim))
+        self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in self.ve_blocks)
         if self.tok_emb.weight.device.type != "meta":  # there only names and shapes are wanted
             self.init_weights(h)
 
@@ -792,22 +792,19 @@ class GPT(nn.Module):
                 nn.init.orthogonal_(module.weight, 1.0 if name.startswith("blocks.") else (2 * h.num_layers) ** -0.5)
 
     def hidden(self, ids: Tensor, tail: int | None = None) -> Tensor:
-        """Returns the normed last states (B, t, D) of ids (B, T); t is `tail`, or T. Of the other positions the last
-        block needs keys and values only; its queries and MLP, the norm, head and loss run on the tail. That is the same
-        function, with 9% fewer operations at t = 64 of T = 2048."""
+        """Returns the normed last states (B, t, D) of ids (B, T); t is `tail`, or T. Of other positions the last block
+        needs keys and values only: the same function, with 9% fewer operations at t = 64 of T = 2048."""
         dtype, length = self.compute_dtype, ids.size(1)
         x = self.tok_emb(ids).to(dtype)
         for table in (self.bigram, self.trigram):
             x = x if table is None else x + table(ids, dtype)
         x = x0 = self.smear(rms_norm(x))
         ve = None if self.ve_shared is None else self.ve_shared(ids, dtype)
-        v0, skips = None, []
+        v0, skips, ve_scales = None, [], dict(zip(self.ve_blocks, self.ve_layer_scales))
         for layer, block in enumerate(self.blocks):
             if layer >= self.num_encoders and skips:
                 x = x + self.skip_weights[layer - self.num_encoders].to(dtype) * skips.pop()
-            own_ve = (
-                ve * self.ve_layer_scales[self.ve_blocks.index(layer)].to(dtype) if layer in self.ve_blocks else None
-            )
+            own_ve = ve * ve_scales[layer].to(dtype) if layer in ve_scales else None
             x, v0 = block(x, x0, v0, own_ve, tail or length if layer == len(self.blocks) - 1 else length)
             if layer < self.num_encoders:
                 skips.append(x)
@@ -995,9 +992,9 @@ def fake_quantization(h: Hyperparameters, model: nn.Module, floor: float | None)
 
 
 class Trainer:
-    """The training step, with all that it changes besides the model: optimizer state, averages, fake quantization. A
-    run exports an average, in fp32. The EMA's decay is min(EMA_DECAY, (1 + step) / (10 + step)), so that a short run,
-    too, forgets its initialisation: the constant 0.997 holds 41% of it after 300 steps. SWA is of snapshots of it."""
+    """The training step, with all that it changes besides the model: optimizer state, averages, fake quantization. What
+    a run exports is an average, in fp32. The EMA's decay is min(EMA_DECAY, (1 + step) / (10 + step)): a short run, too,
+    forgets its initialisation, of which the constant 0.997 holds 41% after 300 steps. SWA is of snapshots of it."""
 
     def __init__(self, run: Run):
         self.run, self.parameters = run, list(run.model.parameters())
@@ -1043,16 +1040,16 @@ class Trainer:
 
 
 def preflight(run: Run) -> None:
-    """Drives the whole pipeline on the real device before the clock starts, so that nothing fails first at its end.
-    Training, averaging, export, reload, scoring, adaptation: on random tokens in the real shapes, which also compiles
-    all graphs. The initial weights are put back; optimizer and averages are made anew."""
+    """Drives training, averaging, export, reload, scoring and adaptation before the clock starts, on random tokens in
+    the real shapes: nothing fails first at the end, and all graphs are compiled. The initial weights are put back."""
     h, rt, start = run.h, run.rt, run.rt.now()
     initial = [p.detach().clone() for p in run.model.parameters()]
     if not (h.eval_only or h.export_only):
         trainer, (rows, cuts) = Trainer(run), batch_plan(h, rt.world_size)
+        trainer.qat_floor = h.floor if h.late_qat else None
         for step in range(h.warmup_steps if rt.compiled else min(2, h.warmup_steps)):
             x = torch.randint(h.vocab_size, (cuts, rows // cuts, h.train_seq_len), device=rt.device)
-            trainer.step(step, step % 2, list(zip(x, x.roll(-1, -1))))  # a scale of 0 turns fake quantization on
+            trainer.step(step, 1.0, list(zip(x, x.roll(-1, -1))))
         trainer.apply_average()
     weights = dict(run.model.named_parameters())
     if not h.eval_only and rt.rank == 0:
@@ -1061,7 +1058,7 @@ def preflight(run: Run) -> None:
     num_targets = max(chunk, h.eval_batch_seqs * h.window * rt.world_size)
     tokens = torch.randint(h.vocab_size, (num_targets + 1,), dtype=torch.int32)
     for stride in {h.window, h.stride}:
-        scorer = Scorer(run, Validation(tokens, num_targets, num_targets, ""), stride)
+        scorer = Scorer(run, Validation(tokens, num_targets, num_targets, ""), stride, "preflight")
         scorer.score(scorer.windows[: 1 + h.eval_batch_seqs * rt.world_size])
     if h.ttt_enabled:
         adapter = Adapter(run)
@@ -1076,7 +1073,7 @@ def train(run: Run) -> dict[str, Any]:
     validations. A step begins only if it, and those in flight, will end before the cap."""
     h, rt, cap = run.h, run.rt, run.h.max_wallclock_seconds
     trainer, loader = Trainer(run), TokenLoader(h, rt, run.train_shards)
-    progress = Progress(rt, "training", h.iterations, "step", BIG)
+    progress = Progress(rt, "training", 100, "%", BIG)
     step, elapsed, step_seconds, settled, last_line, start = 0, 0.0, 0.0, 0.0, 0.0, rt.now()
     while step < h.iterations and not (cap and elapsed + 1.05 * step_seconds * (1 + rt.lag) > cap):
         lr_scale = learning_rate_scale(h, step, elapsed, step_seconds)
@@ -1094,7 +1091,7 @@ def train(run: Run) -> dict[str, Any]:
             times = f"train_time:{1000 * elapsed:.0f}ms step_avg:{1000 * step_seconds:.2f}ms tok/s:{rate:,.0f}"
             rt.log(f"step:{done}/{h.iterations} train_loss:{loss:.4f} {times} lr_scale:{lr_scale:.4f} left:{left:.0f}s")
             rt.record("train", step=done, train_loss=loss, seconds=elapsed, tokens_per_second=rate, lr_scale=lr_scale)
-        progress.advance(1)
+        progress.advance(100 * max(step / h.iterations, elapsed / cap if cap else 0.0) - progress.done)
         if h.val_loss_every and step % h.val_loss_every == 0 and step < h.iterations:
             paused = rt.now()
             report_stage(rt, f"step:{step}/{h.iterations}", eval_val(run))
@@ -1146,22 +1143,24 @@ def fit_artifact(h: Hyperparameters, rt: Runtime, weights: dict[str, Tensor]) ->
     """Returns the artifact and its floor: QUANT_FLOOR, or the finest grid whose code + model fit SIZE_LIMIT. Sizes are
     real ones, and zstd-22 is slow, so the search is Newton's: a floor twice as high saves nearly a bit of each code."""
     budget, floor, best = h.size_limit - CODE.stat().st_size, h.floor or 0.0, None
-    num_codes = sum(w.numel() for name, w in weights.items() if stored_bits(h, name) < 16)
+    matrices = [w for name, w in weights.items() if stored_bits(h, name) < 16]
+    num_codes, rows = sum(w.numel() for w in matrices), [w.abs().amax(1) for w in matrices] or [torch.ones(1)]
     for _ in range(10):
         blob = encode(h, quantize_weights(h, weights, floor), floor, h.compressor)
         rt.log(f"quantized: floor {floor:.5f} gives {len(blob):,} of {budget:,} bytes")
         if len(blob) <= budget and (best is None or floor < best[1]):
             best = (blob, floor)
-        if h.floor is not None or (best and (floor == 0 or len(best[0]) > 0.999 * budget)):
+        if not matrices or h.floor is not None or (best and (floor == 0 or len(best[0]) > 0.999 * budget)):
             break
-        floor = (floor or 0.25) * 2 ** min(3.0, (len(blob) - 0.9995 * budget) * 8 / num_codes)
+        bits_over = (len(blob) - 0.9995 * budget) * 8 / num_codes
+        floor = (floor or torch.cat(rows).median().item()) * 2 ** min(3.0, bits_over)
     return best or (blob, floor)
 
 
 # A file is PREFIX and the payload, compressed: magic; half the SHA-256 of all after it; format version; codec; bytes of
 # the payload. A payload is the length of a JSON header, that header, all int8 codes, and all scales and other values.
 PREFIX, MAGIC, VERSION = struct.Struct("<4s16sHHQ"), b"PGLF", 1
-CODECS, LARGEST_PAYLOAD = {"none": 0, "zstd": 1, "lzma": 2}, 2**33
+CODECS, LARGEST_PAYLOAD = {"none": 0, "zstd": 1, "lzma": 2}, 2**31
 LZMA = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]}
 
 
@@ -1209,10 +1208,10 @@ def decode(blob: bytes, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]
         offset = 4 + struct.unpack_from("<I", payload)[0]
         header = json.loads(payload[4:offset])
         entries = [(str(name), int(bits), [int(n) for n in shape]) for name, bits, shape in header["tensors"]]
-        codes = {name: take("i1", math.prod(shape)).view(shape) for name, bits, shape in entries if bits < 16}
+        codes = {name: take("i1", math.prod(shape)).view(shape[0], -1) for name, bits, shape in entries if bits < 16}
         for name, bits, shape in entries:
             values = take("<f4" if bits == 32 else "<f2", shape[0] if bits < 16 else math.prod(shape))
-            weights[name] = codes[name] * values.unsqueeze(1) if bits < 16 else values.view(shape)
+            weights[name] = (codes[name] * values.unsqueeze(1) if bits < 16 else values).view(shape)
         if not offset == len(payload) == length:
             raise ValueError(f"{len(payload)} bytes, of which {offset} are described and {length} declared")
         return dict(header["model"]), weights
@@ -1224,7 +1223,9 @@ def load_artifact(path: str | Path) -> tuple[Hyperparameters, GPT]:
     """Returns settings and model, both rebuilt from the file alone; the environment adds what is not the model's.
     UserError if the environment contradicts the file, or the file's tensors are not those of the model it describes."""
     path = find_path(path, "artifact")
-    knobs, weights = decode(path.read_bytes(), str(path))
+    knobs, weights = decode(path.read_bytes() if path.is_file() else b"", str(path))
+    if knobs.keys() != (own := {name for name, knob in Hyperparameters.knobs().items() if isinstance(knob, ModelKnob)}):
+        raise UserError(f"{path} has other model settings than this script: {sorted(map(str, knobs.keys() ^ own))}")
     h = Hyperparameters(**knobs)
     for name in h.given.keys() & knobs.keys():
         if h.knobs()[name].parse(name, h.given[name]) != knobs[name]:
@@ -1240,7 +1241,7 @@ def load_artifact(path: str | Path) -> tuple[Hyperparameters, GPT]:
 def export(run: Run) -> dict[str, Any]:
     """Writes checkpoint.bin, then final_model.bin, and returns their figures; UserError over the size limit."""
     h, rt, weights, start = run.h, run.rt, dict(run.model.named_parameters()), time.perf_counter()
-    if not all(w.isfinite().all() for w in weights.values()):
+    if not all(w.half().isfinite().all() for w in weights.values()):  # fp16 is what some are stored in
         raise UserError(f"the trained weights are not finite: lower MATRIX_LR={h.matrix_lr}; nothing was exported")
     blob, floor, checkpoint = b"", 0.0, rt.run_dir / "checkpoint.bin"
     if rt.rank == 0:
@@ -1284,13 +1285,13 @@ def gather_windows(rt: Runtime, tokens: Tensor, windows: np.ndarray, length: int
 class Scorer:
     """Scores windows of a text. Batches are dealt to the ranks in turn, so no score depends on the number of ranks."""
 
-    def __init__(self, run: Run, val: Validation, stride: int):
+    def __init__(self, run: Run, val: Validation, stride: int, label: str = "scoring"):
         self.run, self.val, self.stride, self.length = run, val, stride, min(run.h.window, val.num_targets)
         self.windows = plan_windows(0, val.num_targets, self.length, stride)
         self.tokens = val.tokens.to(run.rt.device)
         self.nll = torch.full((val.num_targets + 1,), math.nan, device=run.rt.device)  # the last slot is never read
-        self.num_scored, self.start = 0, run.rt.now()
-        self.progress = Progress(run.rt, f"scoring with stride {stride}", val.num_targets, "tok")
+        self.times_scored, self.start = np.zeros(val.num_targets, dtype=np.uint8), run.rt.now()
+        self.progress = Progress(run.rt, f"{label} with stride {stride}", val.num_targets, "tok")
 
     @torch.no_grad()
     def score(self, windows: np.ndarray) -> None:
@@ -1303,16 +1304,16 @@ class Scorer:
                 if number % rt.world_size == rt.rank:
                     x, y, numbers = gather_windows(rt, self.tokens, batch, self.length, rows)
                     self.nll[numbers[:, -tail:]] = self.run.token_nll(x, y[:, -tail:])
-                    self.num_scored += int(batch[-1, 2] - batch[0, 1])
+                    for _, first, end in batch:
+                        self.times_scored[first:end] += 1
                 self.progress.advance(int(batch[-1, 2] - batch[0, 1]))
 
     def result(self) -> Score:
         """Returns the score, summed in float64; asserts that every target was scored exactly once."""
         nll, n = self.nll[:-1].cpu().double(), self.val.num_targets
-        known = nll.isfinite()
-        sums = torch.tensor([nll[known].sum(), known.sum(), self.num_scored], dtype=torch.float64)
-        loss_sum, num_known, num_scored = self.run.rt.all_reduce(sums).tolist()
-        assert num_scored == n, f"{num_scored} scores for {n} targets"
+        times_scored, known = self.run.rt.all_reduce(torch.from_numpy(self.times_scored)), nll.isfinite()
+        assert (times_scored == 1).all(), f"{int((times_scored != 1).sum())} of {n} targets not scored exactly once"
+        loss_sum, num_known = self.run.rt.all_reduce(torch.stack((nll[known].sum(), known.sum().double()))).tolist()
         if num_known != n:
             raise UserError(f"{n - num_known:.0f} of {n} scores are not finite: the model's weights overflow")
         seconds = self.run.rt.agree(self.run.rt.now() - self.start)
@@ -1353,8 +1354,8 @@ class Adapter:
         """Returns this rank's batches (x, y, number of all ranks' targets) that cover the targets [begin, end) once."""
         h, rt, length = self.run.h, self.run.rt, min(self.run.h.window, len(tokens) - 1)
         windows = plan_windows(begin, end, length, length)
-        rows = math.ceil(min(h.ttt_batch_seqs, len(windows)) / rt.world_size)
-        parts = [windows[low : low + rows * rt.world_size] for low in range(0, len(windows), rows * rt.world_size)]
+        size = min(h.ttt_batch_seqs, len(windows))
+        parts, rows = [windows[i : i + size] for i in range(0, len(windows), size)], math.ceil(size / rt.world_size)
         own = [gather_windows(rt, tokens, part[rt.rank :: rt.world_size], length, rows)[:2] for part in parts]
         return [(x, y, int(part[-1, 2] - part[0, 1])) for (x, y), part in zip(own, parts)]
 
@@ -1376,8 +1377,7 @@ def eval_val_ttt(run: Run) -> Score:
     """Returns the sliding score with score-first adaptation: a chunk's targets are scored, and only then trained on. A
     window belongs to the chunk of its first target. Nothing is scored twice, or trained on after the last chunk."""
     h, scorer, adapter = run.h, Scorer(run, run.val, run.h.stride), Adapter(run)
-    chunk_of = scorer.windows[:, 1] // h.ttt_chunk_tokens
-    chunks = np.split(scorer.windows, np.flatnonzero(np.diff(chunk_of)) + 1)
+    chunks = np.split(scorer.windows, np.flatnonzero(np.diff(scorer.windows[:, 1] // h.ttt_chunk_tokens)) + 1)
     for index, windows in enumerate(chunks):
         scorer.score(windows)
         is_last_chunk = index == len(chunks) - 1
@@ -1436,9 +1436,8 @@ def banner(run: Run) -> None:
     rt.log(f"parameters: {sum(p.numel() for p in run.model.parameters()):,} in all\nvalidation: {run.val.note}")
     if training:
         shards, (rows, cuts) = run.train_shards, batch_plan(h, rt.world_size)
-        cut = f"{rt.world_size} processes x {cuts} micro-batches x {rows // cuts} sequences of {h.train_seq_len}"
-        step = f"{h.train_batch_tokens:,} a step = {cut}"
-        rt.log(f"training: {len(shards)} shards, {sum(map(len, shards)):,} tokens; {step}")
+        rt.log(f"training: {len(shards)} shards, {sum(map(len, shards)):,} tokens, {h.train_batch_tokens:,} a step")
+        rt.log(f"step: {rt.world_size} processes x {cuts} micro-batches x {rows // cuts} x {h.train_seq_len} tokens")
     end = f"{h.iterations:,} steps" + (f" or {h.max_wallclock_seconds:.0f}s" if h.max_wallclock_seconds else "")
     warmdown = f"{h.warmdown_iters} steps" if h.warmdown_iters else f"{h.warmdown_frac:.0%}"
     phases = [f"train {end}, warm-down {warmdown}", f"average (EMA {h.ema_enabled:d}, SWA {h.swa_enabled:d})", "export"]

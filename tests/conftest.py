@@ -13,7 +13,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared" / "data"  # the challenge's real tokenizer and shards, where a checkout has them beside it
+SHARED = (
+    ROOT.parent / "shared" / "data"
+)  # the challenge's real tokenizer and shards, where a checkout has them beside it
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import demo  # noqa: E402
@@ -41,7 +43,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No setting of the caller's shell reaches a test; torch's generator and threads are as they were afterwards."""
+    """No setting of the caller's shell reaches a test, and torch's generator is as it was afterwards."""
     for name in list(os.environ):
         if name.lower() in t.Hyperparameters.knobs():
             monkeypatch.delenv(name)
@@ -107,6 +109,8 @@ def run_script(tmp_path: Path, corpus: SimpleNamespace) -> Callable[..., subproc
             **{name: str(value) for name, value in settings.items()},
         }
         command = [*launcher, str(ROOT / "train_gpt.py")]
-        return subprocess.run(command, env=environment, cwd=cwd, text=True, capture_output=True, timeout=300, check=False)
+        return subprocess.run(
+            command, env=environment, cwd=cwd, text=True, capture_output=True, timeout=300, check=False
+        )
 
     return run

@@ -1,0 +1,508 @@
+"""The machine: devices, collectives, clock, log, files, progress, and which attention is used."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, TINY
+from torch import Tensor
+
+import train_gpt as t
+
+
+@pytest.fixture
+def runtime(tiny: Callable[..., t.Hyperparameters], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator:
+    """Makes runtimes of one process that work in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    made = []
+
+    def make(**overrides: object) -> t.Runtime:
+        made.append(t.Runtime(tiny(**overrides)))
+        return made[-1]
+
+    yield make
+    for file in (file for rt in made for file in rt.files):
+        file.close()
+
+
+# ---- devices and collectives -----------------------------------------------------------------------------------------
+
+
+def test_with_one_process_a_collective_returns_its_argument(runtime: Callable) -> None:
+    rt, tensor = runtime(), torch.arange(6.0).view(3, 2)
+    for collective in (rt.all_reduce, rt.reduce_scatter, rt.all_gather):
+        assert collective(tensor) is tensor
+    assert tensor.tolist() == [[0, 1], [2, 3], [4, 5]]
+    # Times and byte counts pass through it: a float32 would turn 0.1 and 2^53 - 1 into other numbers.
+    assert rt.agree(0.1) == 0.1 and rt.agree(2**53 - 1) == 2**53 - 1
+    assert (rt.rank, rt.world_size, rt.device.type, rt.dtype) == (0, 1, "cpu", torch.float32)
+    rt.close()
+    assert not torch.distributed.is_initialized()
+
+
+def test_functions_are_compiled_only_where_that_is_on(runtime: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: calls.append(options) or "compiled")
+    assert runtime(compile="auto").compile(len) is len and runtime(compile="0").compile(len) is len and not calls
+    assert runtime(compile="1").compile(len) == "compiled"
+    assert calls == [{"dynamic": False, "fullgraph": True}]  # a graph break or a new shape is an error, not a slow run
+
+
+def test_the_seed_fixes_the_generator(runtime: Callable) -> None:
+    draws = [(runtime(seed=seed), torch.rand(4).tolist())[1] for seed in (5, 5, 6)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "num_processes", "num_threads"), [(12, 1, 12), (12, 3, 4), (2, 3, 1), (None, 1, 1)]
+)
+def test_the_processes_of_a_machine_share_its_cores(
+    num_cores: int | None, num_processes: int, num_threads: int, runtime: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_processes))
+    runtime()
+    assert chosen == [num_threads]
+
+
+def test_an_array_arrives_as_int64_with_the_same_values(runtime: Callable) -> None:
+    array = np.array([[0, 1023], [65_535, 7]], dtype=np.int32)
+    tensor = runtime().to_device(array)
+    assert tensor.dtype == torch.int64 and tensor.tolist() == array.tolist()
+
+
+def test_on_a_cpu_the_followed_number_is_the_one_just_queued(runtime: Callable) -> None:
+    rt = runtime()
+    assert rt.lag == 0 and [rt.follow(torch.tensor(x)) for x in (1.5, 2.5)] == [1.5, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "picked"),
+    [(True, True, "cuda:1"), (True, False, "cuda:1"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_auto_picks_the_first_device_that_is_there(
+    cuda: bool, mps: bool, picked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    device = t.Runtime._pick_device(SimpleNamespace(local_rank=1), "auto")
+    assert str(device) == picked and chosen == ([1] if cuda else [])
+    assert str(t.Runtime._pick_device(SimpleNamespace(local_rank=1), "cpu")) == "cpu"  # what is asked for is taken
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "local_rank"), [("cuda", 0, 0), ("mps", 0, 0), ("cuda", 1, 1), ("auto", 2, 7)]
+)
+def test_a_device_that_is_not_there_is_an_error_that_names_it(
+    device: str, num_gpus: int, local_rank: int, runtime: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    name = "cuda" if device == "auto" else device
+    with pytest.raises(t.UserError, match=f"DEVICE={name} is not there for process {local_rank}.*nproc_per_node"):
+        runtime(device=device)
+
+
+RANK_SCRIPT = """
+    import json, sys, time
+    from pathlib import Path
+
+    import torch
+
+    root, tiny, out = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
+    sys.path.insert(0, root)
+    import train_gpt as t
+
+    rt = t.Runtime(t.Hyperparameters(**tiny))
+    rank = rt.rank
+    x = torch.arange(8.0).view(4, 2) * 10**rank
+    reduced = rt.all_reduce(total := x.clone())
+    stack = torch.arange(12.0).view(4, 3) * 10**rank
+    wide = torch.arange(6.0).view(3, 2) + 100 * rank
+    result = {
+        "in_place": reduced is total,
+        "all_reduce": reduced.tolist(),
+        "reduce_scatter": rt.reduce_scatter(stack).tolist(),
+        "all_gather": rt.all_gather(wide).tolist(),
+        "all_gather_transposed": rt.all_gather(wide.T).tolist(),  # not contiguous
+        "int64": rt.all_reduce(torch.tensor([2**40 + rank])).tolist(),
+        "agree": rt.agree(0.1 + rank),
+        "seed": torch.initial_seed(),
+        "threads": torch.get_num_threads(),
+    }
+    if rank:
+        real = time.time
+        time.time = lambda: real() + 3600  # a clock that is wrong, as on another machine
+    rt.open_log("")
+    result["run_dir"] = str(rt.run_dir)
+    rt.log(f"said by {rank}")
+    rt.record("event", by=rank)
+    try:
+        rt.agree(0)  # rank 0 has made its folder
+        rt.open_log(rt.run_dir.name)
+    except t.UserError as error:
+        result["refused"] = str(error)
+    (out / f"rank{rank}.json").write_text(json.dumps(result))
+    rt.close()
+    assert not torch.distributed.is_initialized()
+"""
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """What two real processes, started by torchrun on gloo, found."""
+    folder, out = tmp_path_factory.mktemp("ranks"), tmp_path_factory.mktemp("out")
+    script = out / "rank.py"
+    script.write_text(textwrap.dedent(RANK_SCRIPT))
+    environment = {name: value for name, value in os.environ.items() if name.lower() not in t.Hyperparameters.knobs()}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, str(script), str(ROOT), json.dumps(TINY), str(out)],
+        env=environment,
+        cwd=folder,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return SimpleNamespace(folder=folder, results=results, stdout=done.stdout)
+
+
+def test_collectives_of_two_processes_sum_scatter_gather_and_agree(two_ranks: SimpleNamespace) -> None:
+    # All sums are of whole numbers below 2^24, exact in float32: no tolerance.
+    stack = np.arange(12.0).reshape(4, 3) * 11
+    parts = [np.arange(6.0).reshape(3, 2) + 100 * rank for rank in range(2)]
+    for rank, result in enumerate(two_ranks.results):
+        assert result["in_place"]
+        assert result["all_reduce"] == (np.arange(8.0).reshape(4, 2) * 11).tolist()
+        assert result["reduce_scatter"] == stack[2 * rank : 2 * rank + 2].tolist()
+        assert result["all_gather"] == np.concatenate(parts).tolist()
+        assert result["all_gather_transposed"] == np.concatenate([part.T for part in parts]).tolist()
+        assert result["int64"] == [2**41 + 1]
+        assert result["agree"] == 0.1  # rank 0's, in float64
+        assert result["seed"] == t.Hyperparameters.seed
+        # torchrun sets OMP_NUM_THREADS=1; the processes of a machine share its cores instead.
+        assert result["threads"] == max(1, os.cpu_count() // 2)
+
+
+def test_two_processes_share_one_run_folder_in_which_rank_0_writes(two_ranks: SimpleNamespace) -> None:
+    (folder,) = (two_ranks.folder / "logs").iterdir()
+    assert [result["run_dir"] for result in two_ranks.results] == [f"logs/{folder.name}"] * 2
+    assert (folder / "train.log").read_text() == "said by 0\n" and two_ranks.stdout == "said by 0\n"
+    assert json.loads((folder / "metrics.jsonl").read_text()) == {"event": "event", "by": 0}
+    for result in two_ranks.results:  # all ranks stop, or those left over would wait for the others
+        assert result["refused"].startswith(f"logs/{folder.name} exists already")
+
+
+# ---- log, files, progress --------------------------------------------------------------------------------------------
+
+
+def test_a_run_has_a_folder_with_its_script_its_log_and_its_metrics(
+    runtime: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "tqdm", raising=False)
+    rt = runtime()
+    rt.log("before the folder")
+    rt.record("before", value=1)
+    rt.open_log("first")
+    rt.log("step:1/2 a — line")
+    rt.record("eval", stage="raw", val_bpb=1.25)
+    assert rt.run_dir == Path("logs/first")
+    assert sorted(path.name for path in rt.run_dir.iterdir()) == ["metrics.jsonl", "train.log", "train_gpt.py"]
+    # Read while the run goes on: each line is there at once.
+    assert (rt.run_dir / "train_gpt.py").read_bytes() == (ROOT / "train_gpt.py").read_bytes()
+    assert (rt.run_dir / "train.log").read_text(encoding="utf-8") == "step:1/2 a — line\n"
+    lines = [json.loads(line) for line in (rt.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"event": "eval", "stage": "raw", "val_bpb": 1.25}]
+    assert capsys.readouterr().out == "before the folder\nstep:1/2 a — line\n"
+
+
+def test_a_run_without_an_id_is_named_by_the_time_of_its_start(
+    runtime: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rt = runtime()
+    monkeypatch.setattr("time.time", lambda: 1_700_000_000.9)
+    rt.open_log("")
+    expected = t.datetime.fromtimestamp(1_700_000_000).strftime("%Y%m%d-%H%M%S")
+    assert rt.run_dir == Path("logs", expected) and re.fullmatch(r"2023111[45]-\d{6}", expected)
+
+
+def test_a_run_that_is_there_is_refused_and_left_as_it_is(runtime: Callable) -> None:
+    first = runtime()
+    first.open_log("same")
+    first.log("precious")
+    (first.run_dir / "final_model.bin").write_bytes(b"precious too")
+    before = {path: path.read_bytes() for path in Path("logs").rglob("*.*")}
+    second = runtime()
+    with pytest.raises(t.UserError, match=r"logs/same exists already: .*RUN_ID"):
+        second.open_log("same")
+    second.log("must not be kept in the other run's log")
+    assert {path: path.read_bytes() for path in Path("logs").rglob("*.*")} == before and len(before) == 4
+
+
+class Interrupted(BaseException):
+    """Ctrl-C, or a full disk, at the worst moment."""
+
+
+@pytest.mark.parametrize("moment", ["writing", "replacing", "never"])
+def test_a_file_is_the_old_one_or_all_of_the_new_one(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, old, new = tmp_path / "final_model.bin", b"old" * 100, b"new" * 5000
+    path.write_bytes(old)
+    write, replace = Path.write_bytes, os.replace
+    seen = []
+
+    def write_half(self: Path, data: bytes) -> int:
+        write(self, data[: len(data) // 2] if moment == "writing" else data)
+        seen.append(path.read_bytes())
+        if moment == "writing":
+            raise Interrupted
+        return len(data)
+
+    def refuse(source: Any, target: Any) -> None:
+        seen.append(path.read_bytes())
+        assert Path(source).read_bytes() == new and Path(source).parent == path.parent  # a rename, no copy
+        if moment == "replacing":
+            raise Interrupted
+        replace(source, target)
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    monkeypatch.setattr(os, "replace", refuse)
+    if moment == "never":
+        t.write_atomically(path, new)
+        assert path.read_bytes() == new and list(tmp_path.iterdir()) == [path]
+    else:
+        with pytest.raises(Interrupted):
+            t.write_atomically(path, new)
+        assert path.read_bytes() == old
+    assert seen and set(seen) == {old}  # at no moment was there anything else under its name
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A clock that is set by hand."""
+    times = [1000.0]
+    monkeypatch.setattr("time.perf_counter", lambda: times[0])
+    return lambda seconds: times.__setitem__(0, 1000.0 + seconds)
+
+
+def test_in_a_pipe_progress_is_a_line_with_rate_elapsed_and_time_left(
+    clock: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+    lines: list[str] = []
+    progress = t.Progress(SimpleNamespace(rank=0, log=lines.append), "scoring", 10_000, "tok", every=15.0)
+    for seconds, amount in ((10, 400), (15, 100), (20, 1500), (34, 500), (40, 2500), (100, 5000)):
+        clock(seconds)
+        progress.advance(amount)
+    assert lines == [
+        "scoring: 2,000/10,000 100.0 tok/s elapsed:20s left:80s",  # not at 15 s: more than `every` has to pass
+        "scoring: 5,000/10,000 125.0 tok/s elapsed:40s left:40s",  # 20 s after the line before it, not at 34 s
+        "scoring: 10,000/10,000 100.0 tok/s elapsed:100s left:0s",
+    ]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_on_a_terminal_progress_is_one_bar_of_rank_0_that_is_closed_at_the_end(
+    rank: int, monkeypatch: pytest.MonkeyPatch, clock: Callable
+) -> None:
+    bars, lines = [], []
+
+    class Bar:
+        def __init__(self, **options: object):
+            self.options, self.updates, self.closed = options, [], False
+            bars.append(self)
+
+        def update(self, amount: int) -> None:
+            assert not self.closed
+            self.updates.append(amount)
+
+        def close(self) -> None:
+            self.closed = True
+
+    monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace(tqdm=Bar))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    progress = t.Progress(SimpleNamespace(rank=rank, log=lines.append), "training", 5, "step", every=1e9)
+    for seconds, amount in ((100, 2), (200, 2)):
+        clock(seconds)
+        progress.advance(amount)
+    assert lines == [] and len(bars) == (1 if rank == 0 else 0)
+    for bar in bars:
+        assert (bar.options["total"], bar.options["desc"], bar.options["unit"]) == (5, "training", "step")
+        assert bar.updates == [2, 2] and not bar.closed
+        progress.advance(1)
+        assert bar.closed
+
+
+def test_a_line_goes_through_the_bar_that_is_shown(runtime: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace(tqdm=SimpleNamespace(write=written.append)))
+    runtime().log("a line")
+    assert written == ["a line"]
+
+
+def test_a_missing_package_is_an_error_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(t.UserError, match="package zstandard is missing: `pip install zstandard`, or else"):
+        t.need("zstandard", "or else")
+    assert t.need("json", "it is there") is json
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def attend_by_loops(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Returns causal grouped-query attention (B, t, H, d), from the formula, the ends of queries and keys aligned."""
+    (num_rows, num_queries, num_heads, width), length, group = q.shape, k.shape[1], q.shape[2] // k.shape[2]
+    out = np.zeros_like(q)
+    for b, i, h in np.ndindex(num_rows, num_queries, num_heads):
+        end = length - num_queries + i + 1  # keys that query i may see
+        scores = k[b, :end, h // group] @ q[b, i, h] / math.sqrt(width)
+        weights = np.exp(scores - scores.max())
+        out[b, i, h] = weights / weights.sum() @ v[b, :end, h // group]
+    return out
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list]:
+    """Puts FlashAttention packages in place that compute with torch's own kernel, and hides the others."""
+
+    def install(*packages: str, returns_tuple: bool = False) -> list:
+        calls: list[tuple] = []
+
+        def make(package: str) -> ModuleType:
+            def flash_attn_func(
+                q: Tensor, k: Tensor, v: Tensor, softmax_scale: Any = None, causal: bool = False
+            ) -> Any:
+                calls.append((package, tuple(q.shape), tuple(k.shape), tuple(v.shape), causal))
+                t_, length, group = q.size(1), k.size(1), q.size(2) // k.size(2)
+                k, v = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (k, v))
+                rows = torch.arange(t_).unsqueeze(1) + length - t_ if causal else torch.full((t_, 1), length)
+                mask = torch.arange(length) <= rows
+                out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask).transpose(1, 2)
+                return (out, torch.zeros(q.shape[:3])) if returns_tuple else out
+
+            module = ModuleType(package)
+            module.flash_attn_func = flash_attn_func
+            return module
+
+        for package in ("flash_attn_interface", "flash_attn"):
+            monkeypatch.setitem(sys.modules, package, make(package) if package in packages else None)
+        return calls
+
+    return install
+
+
+FA3, FA2 = "flash_attn_interface", "flash_attn"
+
+
+@pytest.mark.parametrize("num_queries", [6, 3, 1])
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize(
+    ("packages", "returns_tuple"), [((), False), ((FA3,), False), ((FA3,), True), ((FA2,), False), ((FA2,), True)]
+)
+def test_every_back_end_is_causal_grouped_query_attention(
+    packages: tuple[str, ...], returns_tuple: bool, num_kv_heads: int, num_queries: int, flash: Callable
+) -> None:
+    calls = flash(*packages, returns_tuple=returns_tuple)
+    attend, _ = t.pick_attention("auto", True)
+    q = torch.randn(2, num_queries, 4, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 6, num_kv_heads, 8, dtype=torch.float64)
+    out = attend(q, k, v)
+    # float64, sums of 8 and 6 terms of size one: a few 1e-16; a wrong mask, scale or head differs by 1e-1.
+    np.testing.assert_allclose(out.numpy(), attend_by_loops(q.numpy(), k.numpy(), v.numpy()), atol=1e-13)
+    kv = (2, 6, num_kv_heads, 8)
+    assert calls == [(package, (2, num_queries, 4, 8), kv, kv, True) for package in packages]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "packages", "picked", "in_note"),
+    [
+        ("auto", (FA3, FA2), "fa3", []),
+        ("auto", (FA3,), "fa3", []),
+        ("auto", (FA2,), "fa2", ["no fa3"]),
+        ("auto", (), "sdpa", ["no fa3", "no fa2"]),
+        ("fa3", (FA3, FA2), "fa3", []),
+        ("fa2", (FA3, FA2), "fa2", []),
+        ("sdpa", (FA3, FA2), "sdpa", ["as set"]),
+    ],
+)
+def test_auto_takes_the_first_back_end_that_is_there_and_says_what_it_passed_over(
+    wanted: str, packages: tuple[str, ...], picked: str, in_note: list[str], flash: Callable
+) -> None:
+    calls = flash(*packages)
+    attend, note = t.pick_attention(wanted, True)
+    attend(torch.randn(1, 2, 2, 4), torch.randn(1, 2, 2, 4), torch.randn(1, 2, 2, 4))
+    assert [call[0] for call in calls] == {"fa3": [FA3], "fa2": [FA2], "sdpa": []}[picked]
+    assert re.match(r"\w+", note)[0] == picked
+    assert [part for part in ("no fa3", "no fa2", "as set") if part in note] == in_note, note
+
+
+@pytest.mark.parametrize(("wanted", "packages"), [("fa3", ()), ("fa3", (FA2,)), ("fa2", (FA3,)), ("fa2", ())])
+def test_a_back_end_that_is_asked_for_and_missing_is_an_error(
+    wanted: str, packages: tuple[str, ...], flash: Callable
+) -> None:
+    flash(*packages)
+    with pytest.raises(t.UserError, match=rf"ATTN_BACKEND={wanted} cannot be used \(no {wanted}: .*ATTN_BACKEND=auto"):
+        t.pick_attention(wanted, True)
+
+
+def test_a_broken_installation_is_passed_over_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in (FA3, FA2):
+        (tmp_path / f"{package}.py").write_text(f"raise ImportError('{package}: undefined symbol _ZN3c10')")
+        monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    attend, note = t.pick_attention("auto", True)
+    assert attend is t.sdpa
+    for package in (FA3, FA2):
+        assert f"{package}: undefined symbol _ZN3c10" in note
+    with pytest.raises(t.UserError, match="ATTN_BACKEND=fa3 .*undefined symbol"):
+        t.pick_attention("fa3", True)
+
+
+@pytest.mark.parametrize("wanted", ["fa3", "fa2"])
+def test_without_a_suitable_gpu_flash_attention_is_an_error_if_asked_for_and_noted_if_not(
+    wanted: str, runtime: Callable, flash: Callable
+) -> None:
+    calls = flash(FA3, FA2)
+    with pytest.raises(t.UserError, match=f"ATTN_BACKEND={wanted} cannot be used .*needs a GPU with bfloat16"):
+        runtime(attn_backend=wanted)
+    rt = runtime()
+    assert rt.attend is t.sdpa and calls == []
+    assert "attention:sdpa (FlashAttention needs a GPU with bfloat16)" in rt.describe()
+
+
+def test_the_description_names_device_processes_numerics_and_versions(runtime: Callable) -> None:
+    line = runtime().describe()
+    assert "\n" not in line
+    for part in ("device:cpu", "processes:1", "dtype:float32", "compile:0", f"torch:{torch.__version__}"):
+        assert part in line

@@ -1,0 +1,499 @@
+"""The training step and all around it: averages, fake quantization, micro-batches, the clock, the preflight."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_8_artifact import quantize_reference
+
+import train_gpt as t
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of this size run faster on one thread, and alike on every machine."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+
+
+def snapshot(run: t.Run) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in run.model.named_parameters()}
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def random_batch(run: t.Run, seed: int = 5, cuts: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Returns one step's tokens, in `cuts` micro-batches."""
+    h = run.h
+    torch.manual_seed(seed)
+    rows = h.train_batch_tokens // h.train_seq_len
+    tokens = torch.randint(h.vocab_size, (rows, h.train_seq_len + 1))
+    return [(part[:, :-1], part[:, 1:]) for part in tokens.chunk(cuts)]
+
+
+def log_lines(run: t.Run, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(run.rt, "log", lines.append)
+    return lines
+
+
+# -------------------------------------------------------------------------------------------------------- averages
+def walk(run: t.Run, trainer: t.Trainer, num_steps: int, lr_scale: Callable) -> list[np.ndarray]:
+    """Moves the weights at random, with `update_averages` after each step; returns one tensor's values, float64."""
+    torch.manual_seed(7)
+    path = [run.model.skip_weights.detach().double().numpy().copy()]
+    for step in range(1, num_steps + 1):
+        with torch.no_grad():
+            for p in run.model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        trainer.update_averages(step, lr_scale(step))
+        path.append(run.model.skip_weights.detach().double().numpy().copy())
+    return path
+
+
+@pytest.mark.parametrize("ema_decay", [0.997, 0.5, 0.9])
+def test_the_ema_is_a_recursion_whose_decay_rises_to_its_limit(make_run: Callable, ema_decay: float) -> None:
+    run = make_run(ema_decay=ema_decay)
+    trainer = t.Trainer(run)
+    path = walk(run, trainer, 120, lambda step: 1.0)
+    average = path[0]
+    for step in range(1, 121):
+        decay = min(ema_decay, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * path[step]
+    assert trainer.apply_average() == "averaging: EMA on, SWA of 0 snapshots"
+    got = run.model.skip_weights.detach().double().numpy()
+    # Each of the steps rounds to fp32, 6e-8 of values of at most 5, and is forgotten within 1 / (1 - decay) steps, of
+    # which a growing average has at most 20 here: 6e-6.
+    assert np.abs(got - average).max() < 6e-6
+    assert np.abs(got - path[-1]).max() > 0.1, "the average is not the last weights"
+
+
+def test_after_300_steps_the_ema_has_forgotten_its_initialisation(make_run: Callable) -> None:
+    run = make_run()
+    with torch.no_grad():
+        torch._foreach_zero_(list(run.model.parameters()))
+        run.model.skip_weights.fill_(1.0)
+    trainer = t.Trainer(run)
+    with torch.no_grad():
+        run.model.skip_weights.zero_()  # from the first step on: what is not 0 in the average is the initialisation
+    for step in range(1, 301):
+        trainer.update_averages(step, 1.0)
+    trainer.apply_average()
+    # The product of (1 + s) / (10 + s) for s = 1 ... 300 telescopes to 10! 301! / 310! = 1.5e-16, as the limit of
+    # 0.997 is reached at step 2,990 only; a constant decay of 0.997 would keep 0.997^300 = 41%.
+    share = math.exp(math.lgamma(11) + math.lgamma(302) - math.lgamma(311))
+    assert 1e-16 < share < 2e-16
+    # Each product is rounded twice in fp32, to 6e-8 of it: 300 of them are 4e-5 off at most.
+    assert torch.allclose(run.model.skip_weights.double(), torch.tensor(share, dtype=torch.double), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("ema_enabled", [False, True])
+def test_swa_is_the_mean_of_the_snapshots_late_in_the_run(make_run: Callable, ema_enabled: bool) -> None:
+    run = make_run(ema_enabled=ema_enabled, swa_enabled=True, swa_every=10, swa_start_frac=0.4, ema_decay=0.8)
+    trainer = t.Trainer(run)
+    # The scale is 1 - step / 100: 0.4 itself, at step 60, is not below 0.4, so snapshots are 70, 80, 90 and 100.
+    path = walk(run, trainer, 104, lambda step: (100 - step) / 100)
+    averages = [path[0]]
+    for step in range(1, 105):
+        decay = min(0.8, (1 + step) / (10 + step))
+        averages.append(decay * averages[-1] + (1 - decay) * path[step])
+    source = averages if ema_enabled else path
+    expected = np.mean([source[step] for step in (70, 80, 90, 100)], axis=0)
+    assert trainer.apply_average() == f"averaging: EMA {'on' if ema_enabled else 'off'}, SWA of 4 snapshots"
+    got = run.model.skip_weights.detach().double().numpy()
+    assert np.abs(got - expected).max() < 6e-6  # as for the EMA; a sum of four is rounded three times more
+    wrong = np.mean([source[step] for step in (60, 70, 80, 90, 100)], axis=0)
+    assert np.abs(got - wrong).max() > 1e-2, "one snapshot more is another mean"
+
+
+def test_a_single_snapshot_is_used(make_run: Callable) -> None:
+    run = make_run(swa_enabled=True, swa_every=4)
+    trainer = t.Trainer(run)
+    path = walk(run, trainer, 6, lambda step: 0.1)
+    average = path[0]
+    for step in range(1, 5):
+        average = (1 + step) / (10 + step) * average + 9 / (10 + step) * path[step]
+    assert trainer.apply_average() == "averaging: EMA on, SWA of 1 snapshots"
+    assert np.abs(run.model.skip_weights.detach().double().numpy() - average).max() < 6e-6  # as for the EMA
+
+
+def test_without_a_snapshot_the_note_warns_and_the_ema_is_used(make_run: Callable) -> None:
+    run = make_run(swa_enabled=True, swa_every=50)
+    trainer = t.Trainer(run)
+    walk(run, trainer, 49, lambda step: 0.1)
+    ema = [e.clone() for e in trainer.ema]
+    assert "WARNING: no SWA snapshot was taken" in trainer.apply_average()
+    assert all(torch.equal(p, e) for p, e in zip(run.model.parameters(), ema))
+
+
+def test_without_averages_the_last_weights_stay(make_run: Callable) -> None:
+    run = make_run(ema_enabled=False)
+    trainer = t.Trainer(run)
+    walk(run, trainer, 3, lambda step: 0.1)
+    before = snapshot(run)
+    assert trainer.apply_average() == "averaging: EMA off, SWA of 0 snapshots"
+    assert_same_bits(snapshot(run), before)
+
+
+def test_the_average_is_put_into_the_model_in_fp32_in_every_tensor(make_run: Callable) -> None:
+    run = make_run()
+    trainer, parameters = t.Trainer(run), list(run.model.parameters())
+    walk(run, trainer, 5, lambda step: 1.0)
+    last, ema = snapshot(run), [e.clone() for e in trainer.ema]
+    trainer.apply_average()
+    assert all(a is b for a, b in zip(parameters, run.model.parameters())), "the tensors that everyone holds"
+    for (name, p), e in zip(run.model.named_parameters(), ema):
+        assert p.dtype == torch.float32 and torch.equal(p, e) and not torch.equal(p, last[name]), name
+
+
+def test_the_training_step_updates_the_averages_with_the_weights_after_it(make_run: Callable) -> None:
+    run = make_run()
+    trainer, initial = t.Trainer(run), snapshot(run)
+    trainer.step(0, 1.0, random_batch(run))
+    for (name, p), e in zip(run.model.named_parameters(), trainer.ema):
+        # Step number 1: the decay is 2 / 11. Rounded to fp32 a few times at values of order 1.
+        assert torch.allclose(e, initial[name] * 2 / 11 + p.detach() * 9 / 11, rtol=1e-6, atol=1e-6), name
+
+
+# ----------------------------------------------------------------------------------------------- fake quantization
+QAT = {"late_qat": True, "quant_floor": "0.5", "late_qat_threshold": 0.15, "mlp_bits": 3, "attn_bits": 4}
+
+
+def reference_weights(run: t.Run) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Returns dequantized weights by the formula, and which rows are not decided by rounding errors."""
+    stored = {"mlp.": run.h.mlp_bits, "attn.": run.h.attn_bits, "embed.": 8, "tok_emb": 8}
+    weights, sure = {}, {}
+    for name, p in run.model.named_parameters():
+        bits = [b for part, b in stored.items() if part in name and p.dim() == 2]
+        if not bits or "q_gain" in name:
+            continue
+        codes, scales, _, ambiguous = quantize_reference(p.detach().numpy(), bits[0], run.h.floor)
+        weights[name], sure[name] = codes.astype(np.float32) * scales.astype(np.float32), ~ambiguous
+    assert len(weights) == 3 * 6 + 3, "4 attention and 2 MLP matrices a block, and 3 tables"
+    return weights, sure
+
+
+def test_inside_the_with_the_weights_are_quantized_and_outside_they_are_the_masters(make_run: Callable) -> None:
+    run = make_run(**QAT)
+    masters, (expected, sure) = snapshot(run), reference_weights(run)
+    assert sum(s.sum() for s in sure.values()) > 0.95 * sum(len(s) for s in sure.values())
+    with t.fake_quantization(run.h, run.model, run.h.floor):
+        inside = snapshot(run)
+    for name, w in inside.items():
+        if name in expected:
+            assert np.array_equal(w.numpy()[sure[name]], expected[name][sure[name]]), name
+            assert not torch.equal(w, masters[name]), name
+        else:
+            assert torch.equal(w, masters[name]), f"{name} is stored in fp16"
+    assert_same_bits(snapshot(run), masters)
+    with t.fake_quantization(run.h, run.model, None):  # not yet on
+        assert_same_bits(snapshot(run), masters)
+    assert_same_bits(snapshot(run), masters)
+
+
+def test_inside_the_with_the_model_is_the_one_that_the_artifact_holds(make_run: Callable) -> None:
+    run = make_run(**QAT)
+    weights = {name: p.detach() for name, p in run.model.named_parameters()}
+    _, decoded = t.decode(t.encode(run.h, t.quantize_weights(run.h, weights, 0.5), 0.5, "none"), "x")
+    with t.fake_quantization(run.h, run.model, run.h.floor):
+        for name, p in run.model.named_parameters():
+            if t.stored_bits(run.h, name) < 16:
+                assert torch.equal(p.detach(), decoded[name]), name
+
+
+def test_gradients_are_those_at_the_quantized_weights_and_reach_the_masters(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(**QAT)
+    masters, batch, trainer = snapshot(run), random_batch(run), t.Trainer(run)
+    quantized = copy.deepcopy(run.model)
+    with torch.no_grad():
+        for name, bits, codes, scales in t.quantize_weights(run.h, masters, run.h.floor):
+            if bits < 16:
+                quantized.get_parameter(name).copy_(codes.float() * scales.float())
+    quantized(*batch[0]).backward()
+    seen = {}
+
+    def spy(lr_scale: float, momentum: float) -> torch.Tensor:
+        for name, p in run.model.named_parameters():
+            assert torch.equal(p.detach(), masters[name]), f"{name}: the update must start from the master"
+            seen[name] = p.grad.clone()
+        return torch.zeros(())
+
+    monkeypatch.setattr(trainer.optimizer, "step", spy)
+    loss = trainer.step(0, 0.15, batch)
+    with torch.no_grad():
+        assert torch.equal(loss, quantized(*batch[0]))
+    for name, p in quantized.named_parameters():
+        assert torch.equal(seen[name], p.grad), name
+
+
+def test_fake_quantization_with_a_learning_rate_of_0_leaves_the_masters_bit_identical(make_run: Callable) -> None:
+    run = make_run(**QAT)
+    masters, trainer = snapshot(run), t.Trainer(run)
+    trainer.step(0, 0.0, random_batch(run))
+    assert trainer.qat_floor == 0.5
+    assert_same_bits(snapshot(run), masters)
+
+
+def test_fake_quantization_begins_exactly_at_its_threshold_and_changes_the_training(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scales = [1.0, 0.5, math.nextafter(0.15, 1), 0.15, 0.1, 0.3]
+    losses, lines = {}, []
+    for late_qat in (False, True):
+        run = make_run(**{**QAT, "late_qat": late_qat})
+        trainer = t.Trainer(run)
+        lines = log_lines(run, monkeypatch)
+        losses[late_qat] = [trainer.step(i, scale, random_batch(run, i)).item() for i, scale in enumerate(scales)]
+    assert lines == ["step:3/20000 late_qat: on, floor 0.5"]
+    assert losses[True][:3] == losses[False][:3], "before it nothing differs, bit by bit"
+    # 3 bits of weights of order 1: the loss moves by percents, at the first quantized step already.
+    assert all(abs(a - b) > 1e-3 for a, b in zip(losses[True][3:], losses[False][3:]))
+
+
+def test_scoring_and_adaptation_see_nothing_of_fake_quantization(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = []
+    for late_qat in (True, False):
+        run = make_run(**{**QAT, "late_qat": late_qat})
+        if late_qat:
+            trainer = t.Trainer(run)
+            trainer.step(0, 0.0, random_batch(run))  # on, and a learning rate of 0 changes nothing
+            assert trainer.qat_floor is not None
+        for name in ("fake_quantization", "quantize_rows"):
+            monkeypatch.setattr(t, name, lambda *arguments, name=name: pytest.fail(f"{name} was used"))
+        scores.append((t.eval_val(run)[:2], t.eval_val_ttt(run)[:2], t.evaluate(run)[0][:2]))
+        monkeypatch.undo()
+        monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert scores[0] == scores[1]
+
+
+def test_a_run_in_which_fake_quantization_never_acted_says_so(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for threshold, expected in ((0.01, "WARNING: LATE_QAT never acted"), (0.5, "late_qat: on, floor 0.5")):
+        run = make_run(**{**QAT, "late_qat_threshold": threshold, "iterations": 5, "max_wallclock_seconds": 0.0})
+        lines = log_lines(run, monkeypatch)
+        t.train(run)
+        assert sum("late_qat" in line.lower() for line in lines) == 1
+        assert any(expected in line for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------- the step
+def test_micro_batches_make_the_step_of_one_big_batch(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for cuts in (1, 2, 8):
+        run = make_run()
+        trainer, gradients = t.Trainer(run), {}
+
+        def spy(lr_scale: float, momentum: float, run: t.Run = run, gradients: dict = gradients) -> torch.Tensor:
+            gradients |= {name: p.grad.clone() for name, p in run.model.named_parameters()}
+            return torch.zeros(())
+
+        monkeypatch.setattr(trainer.optimizer, "step", spy)
+        batch = random_batch(run, cuts=cuts)
+        assert len(batch) == cuts
+        found.append((trainer.step(0, 1.0, batch).item(), gradients))
+    for loss, gradients in found[1:]:
+        assert math.isclose(loss, found[0][0], rel_tol=1e-6)  # a mean of 256 numbers of one sign in another order
+        for name, g in gradients.items():
+            # Sums over 256 tokens in another order: 256 x 6e-8 of the largest term, which is of the gradient's size.
+            assert (g - found[0][1][name]).abs().max() <= 2e-5 * g.abs().max(), name
+
+
+def test_the_loader_cuts_a_step_into_micro_batches_that_fit(make_run: Callable) -> None:
+    run = make_run(micro_batch_tokens=64)
+    batch = t.TokenLoader(run.h, run.rt, run.train_shards).next_batch()
+    assert [x.shape for x, _ in batch] == [torch.Size((2, 32))] * 4
+    expected = torch.from_numpy(run.train_shards[0][:257].astype(np.int64))
+    assert torch.equal(torch.cat([x for x, _ in batch]).flatten(), expected[:-1])
+    assert torch.equal(torch.cat([y for _, y in batch]).flatten(), expected[1:])
+
+
+# ---------------------------------------------------------------------------------------------------- the loop
+FEW = {"iterations": 8, "max_wallclock_seconds": 0.0, "warmdown_frac": 0.5}
+
+
+def train_losses(run: t.Run, monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], dict, list[float]]:
+    """Returns the losses of the steps, the figures of the training, and the losses of the validations."""
+    events = []
+    monkeypatch.setattr(run.rt, "record", lambda event, **fields: events.append((event, fields)))
+    figures = t.train(run)
+    losses = [fields["train_loss"] for event, fields in events if event == "train"]
+    return losses, figures, [fields["val_loss"] for event, fields in events if event == "eval"]
+
+
+def test_training_twice_with_one_seed_gives_bit_identical_losses_and_weights(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for _ in range(2):
+        run = make_run(**FEW, swa_enabled=True, swa_every=2, **QAT)
+        results.append((train_losses(run, monkeypatch), snapshot(run)))
+    (first, weights), (second, others) = results
+    assert len(first[0]) == 8 and first[0] == second[0] and first[2] == second[2]
+    assert_same_bits(weights, others)
+
+
+def test_training_learns_and_leaves_the_averaged_weights(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(iterations=40, max_wallclock_seconds=0.0, awake=False)
+    run.train_shards[0][:] = np.arange(5000) % 7  # a text that repeats itself
+    kept, apply = {}, t.Trainer.apply_average
+    monkeypatch.setattr(t.Trainer, "apply_average", lambda self: (apply(self), kept.update(snapshot(run)))[0])
+    losses, figures, _ = train_losses(run, monkeypatch)
+    assert losses[0] > 4.0 and losses[-1] < 1.0, "from ln(96) = 4.56 to knowing the next of seven tokens"
+    assert_same_bits(snapshot(run), kept)
+    assert figures["steps"] == 40
+    assert math.isclose(figures["epochs"], 40 * 256 / 5000)
+
+
+@pytest.mark.parametrize("bad_step", [1, 3])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
+    make_run: Callable, bad_step: int, value: float
+) -> None:
+    run, calls = make_run(**FEW), []
+
+    def mean_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return run.model(x, y) * (value if len(calls) == bad_step else 1.0)
+
+    with pytest.raises(t.UserError, match=f"train_loss is {value} at step {bad_step}: lower MATRIX_LR=0.027"):
+        t.train(run._replace(mean_loss=mean_loss))
+    assert len(calls) == bad_step, "it stops at once"
+
+
+class Clock:
+    """A clock that only work advances: a training step takes the next of `durations`, a validation `pause`."""
+
+    def __init__(self, run: t.Run, durations: list[float], monkeypatch: pytest.MonkeyPatch, pause: float = 0.0):
+        self.now, self.durations = 1000.0, iter(durations)
+        stand_in = SimpleNamespace(perf_counter=lambda: self.now, time=time.time)
+        monkeypatch.setattr(t, "time", stand_in)
+
+        def mean_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            self.now += next(self.durations)
+            return run.model(x, y)
+
+        def eval_val(run: t.Run) -> t.Score:
+            self.now += pause
+            return t.Score(1.0, 1.0, 1, 1, pause)
+
+        monkeypatch.setattr(t, "eval_val", eval_val)
+        self.run = run._replace(mean_loss=mean_loss)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_run_does_not_overrun_its_wall_clock_and_uses_it(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    rng = random.Random(seed)
+    cap = rng.uniform(8, 25)
+    # The first step is slow, the others differ by 2%, which the margin of 5% covers.
+    durations = [3.0] + [rng.uniform(0.98, 1.02) for _ in range(100)]
+    run = make_run(iterations=100, max_wallclock_seconds=cap, val_loss_every=0)
+    figures = t.train(Clock(run, durations, monkeypatch).run)
+    assert math.isclose(figures["train_seconds"], sum(durations[: figures["steps"]]), rel_tol=1e-9)
+    assert figures["train_seconds"] <= cap
+    assert figures["train_seconds"] + 1.05 * 1.02 * 1.05 > cap, "a step more would not have fitted with its margin"
+
+
+def test_a_cap_shorter_than_a_step_still_takes_one(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(iterations=100, max_wallclock_seconds=0.5)
+    before = snapshot(run)
+    assert t.train(Clock(run, [2.0, 2.0], monkeypatch).run)["steps"] == 1
+    assert not torch.equal(run.model.skip_weights, before["skip_weights"])
+
+
+def test_validations_stop_the_clock(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(iterations=100, max_wallclock_seconds=20.5, val_loss_every=3)
+    figures = t.train(Clock(run, [1.0] * 100, monkeypatch, pause=50.0).run)
+    assert figures["steps"] == 20 and math.isclose(figures["train_seconds"], 20.0)
+
+
+def test_a_real_run_with_a_cap_ends_in_time(make_run: Callable) -> None:
+    run = make_run(max_wallclock_seconds=1.0, val_loss_every=0)
+    figures = t.train(run)
+    assert figures["steps"] >= 3
+    # A step takes milliseconds; 0.5 s are for a machine that is busy with other things at the very end.
+    assert figures["train_seconds"] < 1.5
+
+
+# ---------------------------------------------------------------------------------------------------- the preflight
+EVERYTHING = {**QAT, **FEW, "swa_enabled": True, "swa_every": 1, "quant_floor": "1.0"}
+
+
+@pytest.mark.parametrize("settings", [{}, EVERYTHING, {"ttt_mode": "pre"}, {"ttt_enabled": False, "eval_stride": 0}])
+def test_the_preflight_leaves_no_trace(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, settings: dict
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = {**FEW, **settings}
+    run = make_run(**settings)
+    initial = snapshot(run)
+    t.preflight(run)
+    assert_same_bits(snapshot(run), initial)
+    assert all(p.grad is None for p in run.model.parameters())
+    assert not list(tmp_path.iterdir()), "nothing is written"
+    assert torch.rand(1000).unique().numel() > 900, "torch's generator still draws"
+    # And the training that follows is, bit by bit, the one without a preflight.
+    monkeypatch.setattr(t, "preflight", lambda run: pytest.fail("once is enough"))
+    after, plain = train_losses(run, monkeypatch), train_losses(make_run(**settings), monkeypatch)
+    assert after[0] == plain[0] and after[2] == plain[2]
+
+
+def test_the_preflight_reports_no_event_of_the_training(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(**EVERYTHING)
+    lines = log_lines(run, monkeypatch)
+    t.preflight(run)
+    assert len(lines) == 1 and lines[0].startswith("preflight: the whole pipeline ran"), lines
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "Trainer.apply_average",
+        "Optimizer.step",
+        "Adapter.step",
+        "Scorer.score",
+        "fake_quantization",
+        "quantize_rows",
+        "encode",
+        "decode",
+    ],
+)
+def test_the_preflight_meets_what_would_fail_at_the_end(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise MemoryError(part)
+
+    monkeypatch.setattr(f"train_gpt.{part}", fail)
+    with pytest.raises(MemoryError, match=part):
+        t.preflight(make_run(**EVERYTHING))
+
+
+@pytest.mark.parametrize("setting", ["eval_only", "export_only"])
+def test_the_preflight_trains_nothing_where_nothing_will_be_trained(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    monkeypatch.setattr(t.Trainer, "step", lambda *arguments: pytest.fail("trained"))
+    encoded, encode = [], t.encode
+    monkeypatch.setattr(t, "encode", lambda *arguments: (encoded.append(1), encode(*arguments))[1])
+    t.preflight(make_run(**{setting: "some file"}))
+    assert len(encoded) == (setting == "export_only")
