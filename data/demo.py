@@ -43,7 +43,7 @@ MAX_VALIDATION_DOCUMENT_BYTES = 20_000  # else one document (tkinter, 65 kB) can
 # of 64 characters that train has too. Dropping shared paragraphs of >= 200 characters leaves 11%, of >= 60 leaves 5%.
 MIN_SHARED_PARAGRAPH_CHARS = 60
 
-FINAL_BPB_RANGE = (1.5, 3.0)  # what `check` holds a run against; README documents the same figures
+FINAL_BPB_RANGE = (1.7, 2.4)  # what `check` holds a run against; README documents the same figures
 FIRST_LOSS_TOLERANCE_NATS = 0.2  # around ln(vocab_size), the loss of a uniform guess: 6.93 for 1024 pieces
 MIN_LOSS_DROP_NATS = 2.0
 METRIC_KEYS = {"train": ("step", "train_loss"), "eval": ("val_bpb",), "final": ("val_loss", "val_bpb")}

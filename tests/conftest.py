@@ -19,6 +19,7 @@ SHARED = (
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import demo  # noqa: E402
+
 import train_gpt as t  # noqa: E402
 
 TINY = {
@@ -96,7 +97,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.fixture
 def run_script(tmp_path: Path, corpus: SimpleNamespace) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the script as a user would, in a folder of its own, under python or torchrun, on the demonstration corpus."""
+    """Runs the script as a user would, in a folder of its own, under python or torchrun, on the demo corpus."""
 
     def run(num_processes: int = 1, cwd: Path = tmp_path, **settings: object) -> subprocess.CompletedProcess[str]:
         launcher = [sys.executable]

@@ -11,7 +11,7 @@ import pytest
 
 import train_gpt as t
 
-SCORE = t.Score(val_loss=2.0, val_bpb=1.2, num_targets=200, num_bytes=400, seconds=1.0)
+SCORE = t.Score(val_loss=2.0, val_bpb=1.2, num_targets=200, num_bytes=151_060_000, seconds=1.0)
 FIGURES = {"bytes_model": 1000, "train_seconds": 10.0, "eval_seconds": 2.0}
 
 
@@ -20,11 +20,12 @@ def reported(make_run: Callable[..., t.Run], tmp_path: Path, monkeypatch: pytest
     """Reports a made-up score of a run with the given settings; returns submission.json, the log and the metrics."""
     monkeypatch.chdir(tmp_path)
 
-    def report(figures: dict | None = None, **settings: object) -> dict:
+    def report(figures: dict | None = None, score: t.Score = SCORE, **settings: object) -> dict:
         run = make_run(**settings)
         run.rt.open_log(f"run-{len(list(tmp_path.glob('logs/*')))}")
         t.banner(run)
-        t.report(run, SCORE, {**FIGURES, **(figures or {})})
+        known = {name: value for name, value in {**FIGURES, **(figures or {})}.items() if value is not None}
+        t.report(run, score, known)
         folder = run.rt.run_dir
         return {
             **json.loads((folder / "submission.json").read_text()),
@@ -37,7 +38,7 @@ def reported(make_run: Callable[..., t.Run], tmp_path: Path, monkeypatch: pytest
 
 
 FINAL = re.compile(
-    r"^final_exact val_loss:2\.00000000 val_bpb:1\.20000000 kind:(\w+) targets:200 bytes:400 "
+    r"^final_exact val_loss:2\.00000000 val_bpb:1\.20000000 kind:(\w+) targets:200 bytes:151060000 "
     r"eval_time:2000ms total_bytes:(\d+) compliant:([01])$",
     re.MULTILINE,
 )
@@ -62,7 +63,7 @@ def test_the_final_line_has_one_form_for_every_kind_of_score(reported: Callable,
     ("settings", "figures", "reason"),
     [
         ({"ttt_mode": "pre"}, {}, "before they are scored"),
-        ({"max_val_tokens": 100}, {}, "a part of the validation text"),
+        ({}, {"train_seconds": None}, "training took over 600 s, or elsewhere"),
         ({}, {"bytes_model": 16_000_000}, "over 16,000,000 bytes"),
         ({}, {"train_seconds": 600.1}, "training took over 600 s"),
         ({}, {"eval_seconds": 600.1}, "scoring took over 600 s"),
@@ -75,6 +76,13 @@ def test_each_broken_rule_is_named_and_makes_the_run_not_compliant(
     assert result["compliant"] is False
     assert len(result["rule_breaks"]) == 1 and reason in result["rule_breaks"][0]
     assert reason in result["log"] and "compliant:0" in result["log"]
+
+
+@pytest.mark.parametrize("num_bytes", [167_632, 151_019_999, 151_100_001, 157_300_000])
+def test_another_text_than_the_challenges_is_not_compliant(reported: Callable, num_bytes: int) -> None:
+    # All merged logs imply 151.024 to 151.081 million bytes; miscounted ones 157.3, 164.6 and 176.3 million.
+    result = reported(score=SCORE._replace(num_bytes=num_bytes))
+    assert result["rule_breaks"] == [f"{num_bytes} bytes are not the challenge's validation set"]
 
 
 def test_a_run_within_the_rules_is_compliant_and_its_record_complete(reported: Callable) -> None:

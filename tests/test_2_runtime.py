@@ -108,9 +108,11 @@ def test_auto_picks_the_first_device_that_is_there(
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    device = t.Runtime._pick_device(SimpleNamespace(local_rank=1), "auto")
+    device = t.Runtime._pick_device(SimpleNamespace(local_rank=1, world_size=1), "auto")
     assert str(device) == picked and chosen == ([1] if cuda else [])
-    assert str(t.Runtime._pick_device(SimpleNamespace(local_rank=1), "cpu")) == "cpu"  # what is asked for is taken
+    assert (
+        str(t.Runtime._pick_device(SimpleNamespace(local_rank=1, world_size=1), "cpu")) == "cpu"
+    )  # what is asked for is taken
 
 
 @pytest.mark.parametrize(
@@ -365,8 +367,18 @@ def test_on_a_terminal_progress_is_one_bar_of_rank_0_that_is_closed_at_the_end(
 def test_a_line_goes_through_the_bar_that_is_shown(runtime: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace(tqdm=SimpleNamespace(write=written.append)))
+    runtime().log("in a pipe, where tqdm would not flush")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     runtime().log("a line")
     assert written == ["a line"]
+
+
+def test_several_processes_do_not_share_an_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert str(t.Runtime._pick_device(SimpleNamespace(local_rank=0, world_size=2), "auto")) == "cpu"
+    with pytest.raises(t.UserError, match="DEVICE=mps"):
+        t.Runtime._pick_device(SimpleNamespace(local_rank=0, world_size=2), "mps")
 
 
 def test_a_missing_package_is_an_error_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
