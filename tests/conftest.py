@@ -44,13 +44,17 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No setting of the caller's shell reaches a test, and torch's generator is as it was afterwards."""
+    """No setting of the caller's shell reaches a test; torch's generator and threads are as before afterwards. Tensors
+    of these sizes gain nothing from threads, and wait for each other on a busy machine: there is one."""
     for name in list(os.environ):
         if name.lower() in t.Hyperparameters.knobs():
             monkeypatch.delenv(name)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture
