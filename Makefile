@@ -22,10 +22,11 @@ setup: .venv/run ## make .venv with what training needs
 demo: setup ## train, export, score and adapt a small model on this machine: about 3 minutes on 2 cores
 	$(BIN)/python data/demo.py
 	rm -rf logs/demo
-	set -a && source records/env/demo.env && set +a && $(BIN)/python train_gpt.py
+	set -a && source records/env/demo.env && set +a && RUN_ID=demo $(BIN)/python train_gpt.py
 	$(BIN)/python data/demo.py check logs/demo
 
 train: setup ## train with records/env/CONFIG.env, on all GPUs of this machine: make train CONFIG=demo
+	@test -f records/env/$(CONFIG).env || { echo "make train needs CONFIG, one of: $$(cd records/env && ls *.env | sed 's/.env//' | xargs)"; exit 2; }
 	set -a && source records/env/$(CONFIG).env && set +a && \
 	n=$$($(BIN)/python -c 'import torch; print(max(1, torch.cuda.device_count()))') && \
 	$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$$n train_gpt.py
