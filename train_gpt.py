@@ -16,7 +16,7 @@ Every setting is an environment variable, declared once in `Hyperparameters`. Re
 Shapes: B sequences, T positions, t scored positions at the end of T, D model width, H query heads, K key/value heads,
 d head width, G = H / K, V vocabulary, W windows, N targets. Target i is tokens[i + 1]; ranges are half-open.
 `loss` is a mean of nats a token, `bpb` bits a byte of the decoded text; neither goes under the other's name.
-Limits: at most 65,536 pieces; attention, hashes and smearing do not stop at document boundaries."""
+Limits: at most 65,536 pieces; attention does not stop at document boundaries (n-grams and smearing do)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,6 @@ class UserError(ValueError):
 
 
 # ============================================== 1  HYPER-PARAMETERS ===================================================
-
 BIG = 10**12
 NUMBER = re.compile(r"[+-]?((0|[1-9][0-9_]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")  # no 092: float() reads 92.0
 # Variables of the published scripts without an effect here (the README says why): names, and families by first word.
@@ -239,10 +238,7 @@ class Hyperparameters:
             (heads % kv, f"NUM_HEADS={heads} is not a multiple of NUM_KV_HEADS={kv}"),
             (self.head_dim % 2, f"MODEL_DIM={dim} / NUM_HEADS={heads} is odd, but rotary positions need pairs"),
             (rope % 2 or rope > self.head_dim, f"ROPE_DIMS={rope} is odd or above the head width {self.head_dim}"),
-            (
-                max(length, window) * (rope or self.head_dim) > 2**27,
-                f"{length} or {window} positions are absurdly many",
-            ),
+            (max(length, window) * (rope or self.head_dim) > 2**27, f"{length} or {window} positions are too many"),
             (1 in tables, f"BIGRAM_, TRIGRAM_VOCAB_SIZE={tables}: 1 leaves no row for n-grams, use 0 or at least 2"),
             (self.trigram_shared and not self.bigram_vocab_size, "TRIGRAM_SHARED=1 needs BIGRAM_VOCAB_SIZE above 0"),
             (set(self.ve_blocks) - set(range(layers)), f"VE_LAYERS={self.ve_layers}: blocks are 0 to {layers - 1}"),
@@ -265,8 +261,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def read_environment(knobs: Iterable[str]) -> dict[str, str]:
-    """Returns knob -> text as far as the environment sets knobs; refuses names that look like knobs and are none. Of 44
-    merged READMEs of the challenge, 4 set variables that nothing read."""
+    """Returns knob -> text as far as the environment sets knobs; refuses names that only look like knobs (4 of 44
+    merged READMEs of the challenge set variables that nothing read)."""
     names, given = {knob.upper() for knob in knobs}, {}
     own_words = {name.split("_")[0] for name in names} - COMMON
     for name, value in os.environ.items():
@@ -300,6 +296,7 @@ class Runtime:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))  # torchrun would set 1
             torch.set_flush_denormal(True)
         if self.world_size > 1:
+            importlib.import_module("torch._dynamo")  # later it would bind the group, whose threads outlive `close`
             # gloo beside NCCL: the host's decisions do not wait for the device. Half an hour: rank 0 exports alone.
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
         torch.manual_seed(h.seed)
@@ -379,8 +376,7 @@ class Runtime:
 
     def open_log(self, run_id: str) -> None:
         """Makes logs/<run_id>/ with a copy of this script. A run that is there is never overwritten: UserError."""
-        start = self.agree(time.time())
-        self.run_dir = Path("logs") / (run_id or f"{datetime.fromtimestamp(start):%Y%m%d-%H%M%S}")
+        self.run_dir = Path("logs") / (run_id or f"{datetime.fromtimestamp(self.agree(time.time())):%Y%m%d-%H%M%S}")
         if self.agree(self.run_dir.exists()):
             raise UserError(f"{self.run_dir} exists already: choose another RUN_ID, or move it away")
         if self.rank == 0:
@@ -444,11 +440,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 # ===================================================== 3  DATA ========================================================
-
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-DATA_HELP = """get the challenge's with `python3 data/cached_challenge_fineweb.py --variant sp1024` of its repository,
-    or make a small set with `python data/demo.py` and set DATA_PATH=./data/datasets/demo_sp1024
-    TOKENIZER_PATH=./data/tokenizers/demo_1024_bpe.model"""
+BOS = 1  # the token that begins every document in the shards
+DATA_HELP = """run `python3 data/cached_challenge_fineweb.py --variant sp1024` in the challenge's repository; or
+    `python data/demo.py` here, for DATA_PATH=./data/datasets/demo_sp1024 and the tokenizer demo_1024_bpe.model"""
 
 
 def find_path(path: str | Path, variable: str) -> Path:
@@ -548,10 +543,8 @@ def build_sentencepiece_luts(sp: Any, vocab_size: int, device: torch.device | st
     ids, pieces = range(vocab_size), [sp.id_to_piece(i) for i in range(vocab_size)]
     is_boundary_token = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids]
     has_leading_space = [pieces[i].startswith("\u2581") and not is_boundary_token[i] for i in ids]
-    num_bytes = [
-        1 if sp.is_byte(i) else len(pieces[i].removeprefix("\u2581").replace("\u2581", " ").encode()) for i in ids
-    ]
-    base_bytes = [0 if is_boundary_token[i] else num_bytes[i] for i in ids]
+    texts = [pieces[i].removeprefix("\u2581").replace("\u2581", " ") for i in ids]
+    base_bytes = [0 if is_boundary_token[i] else 1 if sp.is_byte(i) else len(texts[i].encode()) for i in ids]
     return tuple(torch.tensor(lut, device=device) for lut in (base_bytes, has_leading_space, is_boundary_token))
 
 
@@ -645,10 +638,15 @@ class Rotary(nn.Module):
         return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
+def begins_document(ids: Tensor) -> Tensor:
+    """Returns (B, T), True at tokens before which there is nothing: position 0 and each document's first, BOS."""
+    return (ids == BOS) | (torch.arange(ids.size(1), device=ids.device) == 0)
+
+
 class TokenTable(nn.Module):
     """A table of embeddings for token n-grams of the given orders, projected to `width` and scaled. Order 1 is the
-    token itself (value embedding). The hashed bigram (order 2) or trigram (order 3) that ends at t has row (36313 id_t
-    XOR 27191 id_{t-1} XOR 51497 id_{t-2}) mod (rows - 1); positions that it does not fit into, the last row."""
+    token itself (value embedding). Orders 2 and 3 are BigramHash and TrigramHash: an n-gram that ends at t has row
+    (36313 id_t XOR 27191 id_{t-1} XOR 51497 id_{t-2}) mod (rows - 1); one that a document's begin cuts, the last."""
 
     def __init__(self, rows: int, dim: int, width: int, orders: tuple[int, ...], scale: float):
         super().__init__()
@@ -659,10 +657,11 @@ class TokenTable(nn.Module):
         """Returns the rows (B, T) of n-grams of one order; int64, as from id 59,138 on products overflow int32."""
         if order == 1:
             return ids
-        key, reserved = ids * 36313, self.embed.num_embeddings - 1
+        key, reserved, begins = ids * 36313, self.embed.num_embeddings - 1, begins_document(ids)
+        cut = begins if order == 2 else begins | begins.roll(1, 1)
         for back, prime in ((1, 27191), (2, 51497))[: order - 1]:
-            key = key ^ (F.pad(ids, (back, 0))[:, : ids.size(1)] * prime)
-        return torch.where(torch.arange(ids.size(1), device=ids.device) < order - 1, reserved, key % reserved)
+            key = key ^ (ids.roll(back, 1) * prime)
+        return torch.where(cut, reserved, key % reserved)
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         vectors = sum(self.embed(self.rows_of(ids, order)) for order in self.orders)
@@ -670,15 +669,15 @@ class TokenTable(nn.Module):
 
 
 class SmearGate(nn.Module):
-    """Mixes each position with the one before it: (1 - g) x_t + g x_{t-1}, g = sigmoid(gate) for each channel."""
+    """(1 - g) x_t + g x_{t-1}, g = sigmoid(gate) for each channel; x_{t-1} is 0 where a document begins."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         g = torch.sigmoid(self.gate).to(x.dtype)
-        return (1 - g) * x + g * F.pad(x, (0, 0, 1, 0))[:, :-1]
+        return (1 - g) * x + g * x.roll(1, 1).masked_fill(begins_document(ids).unsqueeze(-1), 0.0)
 
 
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
@@ -764,8 +763,7 @@ class GPT(nn.Module):
         self.tok_emb, self.smear, rotary = nn.Embedding(h.vocab_size, dim), SmearGate(dim), Rotary(h)
         self.bigram = self.trigram = self.ve_shared = None
         if h.bigram_vocab_size:
-            orders = (2, 3) if h.trigram_shared else (2,)
-            self.bigram = TokenTable(h.bigram_vocab_size, h.bigram_dim, dim, orders, 0.05)
+            self.bigram = TokenTable(h.bigram_vocab_size, h.bigram_dim, dim, (2, 3)[: 1 + h.trigram_shared], 0.05)
         if h.trigram_vocab_size:
             self.trigram = TokenTable(h.trigram_vocab_size, h.trigram_dim, dim, (3,), 0.03)
         if self.ve_blocks:
@@ -778,9 +776,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, h: Hyperparameters) -> None:
-        """Sets all initial weights but gains, in the order of the modules. Matrices into heads and hidden units are
-        orthogonal, those out of them zero, so that every block begins as the identity; the projections of tables are
-        orthogonal over sqrt(2 L), hash tables zero."""
+        """Sets all initial weights but gains. Matrices into heads and hidden units are orthogonal, those out of them
+        zero: every block begins as the identity. Projections of tables: orthogonal over sqrt(2 L); hash tables 0."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
                 std = {"tok_emb": h.tied_embed_init_std, "ve_shared.embed": 0.01}.get(name, 0.0)
@@ -799,7 +796,7 @@ class GPT(nn.Module):
         x = self.tok_emb(ids).to(dtype)
         for table in (self.bigram, self.trigram):
             x = x if table is None else x + table(ids, dtype)
-        x = x0 = self.smear(rms_norm(x))
+        x = x0 = self.smear(rms_norm(x), ids)
         ve = None if self.ve_shared is None else self.ve_shared(ids, dtype)
         v0, skips, ve_scales = None, [], dict(zip(self.ve_blocks, self.ve_layer_scales))
         for layer, block in enumerate(self.blocks):
@@ -859,25 +856,23 @@ def stored_bits(h: Hyperparameters, name: str) -> int:
 
 # =================================================== 6  OPTIMIZER =====================================================
 def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Returns matrices (n, rows, cols) with the singular vectors of the given ones and singular values near 1. Quintic
-    Newton-Schulz iteration of Muon (Jordan et al. 2024): small ones are lifted fast, all end in about [0.7, 1.2]."""
+    """Returns wide matrices (n, rows, cols) with the singular vectors of the given ones and singular values near 1.
+    Quintic iteration of Muon (Jordan et al. 2024): small ones are lifted fast, all end in about [0.7, 1.2]."""
     x = (matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
     for _ in range(steps):
         gram = x @ x.mT
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+    return x.to(matrices.dtype)
 
 
-# Muon's matrices of one shape; this rank's equal part of their momentum; Muon's factor on the rate of tall matrices.
-Stack = collections.namedtuple("Stack", "parameters momentum lr lr_factor weight_decay")
+# Muon's matrices of one shape, tall ones lying down; this rank's equal part of their momentum; each one's factor on the
+# rate. The MLPs' fc and proj are one stack of 22: 8 ranks pad it by 9%, and two stacks of 11 by 45%.
+Stack = collections.namedtuple("Stack", "parameters momentum lr lr_factors weight_decay")
 
 
 class Optimizer:
-    """Muon on the matrices and AdamW on the rest, for any number of processes. Gradients are averaged over the
-    processes first and clipped by their joint norm then: clipped before, each process's noise would get a factor of its
-    own. Stacks are reduce-scattered, orthogonalized in parts, and gathered."""
+    """Parallel Muon on the matrices (stacks reduce-scattered, orthogonalized in parts, gathered), AdamW on the rest.
+    Gradients are averaged, then clipped by their joint norm: before, each process's noise would get its own factor."""
 
     def __init__(self, h: Hyperparameters, rt: Runtime, model: nn.Module):
         self.h, self.rt, self.model, self.orthogonalize = h, rt, model, rt.compile(newton_schulz)
@@ -885,13 +880,14 @@ class Optimizer:
         for name, parameter in model.named_parameters():
             family = family_of(name)
             decay = getattr(h, family.weight_decay) if isinstance(family.weight_decay, str) else family.weight_decay
-            kind, shape = (muon, parameter.shape) if family.optimizer == "muon" else (adamw, None)
-            kind[(shape, getattr(h, family.lr), decay)].append(parameter)
+            kind, shape = (muon, sorted(parameter.shape)) if family.optimizer == "muon" else (adamw, ())
+            kind[(*shape, getattr(h, family.lr), decay)].append(parameter)
         self.stacks = []
-        for ((rows, cols), lr, decay), group in muon.items():
+        for (rows, cols, lr, decay), group in muon.items():
             momentum = torch.zeros(math.ceil(len(group) / rt.world_size), rows, cols, device=rt.device)
-            self.stacks.append(Stack(group, momentum, lr, math.sqrt(max(1.0, rows / cols)), decay))
-        groups = [{"params": p, "lr": lr, "peak_lr": lr, "weight_decay": decay} for (_, lr, decay), p in adamw.items()]
+            factors = torch.tensor([max(1.0, p.size(0) / p.size(1)) ** 0.5 for p in group], device=rt.device)
+            self.stacks.append(Stack(group, momentum, lr, factors.view(-1, 1, 1), decay))
+        groups = [{"params": p, "lr": lr, "peak_lr": lr, "weight_decay": decay} for (lr, decay), p in adamw.items()]
         self.adamw = torch.optim.AdamW(groups, betas=(h.beta1, h.beta2), eps=h.adam_eps, fused=rt.device.type != "mps")
         self.replicated = [p for group in groups for p in group["params"]]
 
@@ -900,7 +896,8 @@ class Optimizer:
         parts = []
         for stack in self.stacks:
             missing = len(stack.momentum) * self.rt.world_size - len(stack.parameters)
-            gradients = F.pad(torch.stack([p.grad for p in stack.parameters]), (0, 0, 0, 0, 0, missing))
+            gradients = torch.stack([p.grad.mT if p.size(0) > p.size(1) else p.grad for p in stack.parameters])
+            gradients = F.pad(gradients, (0, 0, 0, 0, 0, missing))
             parts.append(self.rt.reduce_scatter(gradients).div_(self.rt.world_size))
         sum_gradients(self.rt, self.replicated, 1 / self.rt.world_size)
         own = self.rt.all_reduce(sum(part.square().sum() for part in parts))
@@ -916,7 +913,8 @@ class Optimizer:
             nesterov, lr = gradient.add_(stack.momentum, alpha=momentum), stack.lr * lr_scale
             update = self.rt.all_gather(self.orthogonalize(nesterov, self.h.muon_backend_steps, self.rt.dtype))
             torch._foreach_mul_(stack.parameters, 1 - lr * stack.weight_decay)
-            torch._foreach_add_(stack.parameters, list(update[: len(stack.parameters)]), alpha=-lr * stack.lr_factor)
+            steps = zip(stack.parameters, update[: len(stack.parameters)] * (-lr * stack.lr_factors))
+            torch._foreach_add_(stack.parameters, [u.mT if p.size(0) > p.size(1) else u for p, u in steps])
         torch._foreach_mul_([p.grad for p in self.replicated], clip)
         for group in self.adamw.param_groups:
             group["lr"] = group["peak_lr"] * lr_scale
@@ -934,9 +932,9 @@ def sum_gradients(rt: Runtime, parameters: list[nn.Parameter], factor: float) ->
 
 
 def learning_rate_scale(h: Hyperparameters, step: int, elapsed: float, step_seconds: float) -> float:
-    """Returns the factor in [0, 1] on all learning rates: 1, then linear to 0 at the end of the run. The end is
-    ITERATIONS or MAX_WALLCLOCK_SECONDS, whichever comes first. The fall takes WARMDOWN_FRAC of the run, so it is right
-    on one GPU, eight and a laptop; or WARMDOWN_ITERS steps, of `step_seconds` where the clock is the end."""
+    """Returns the factor in [0, 1] on all learning rates: 1, then linear to 0 at the end of the run, ITERATIONS or
+    MAX_WALLCLOCK_SECONDS, whichever comes first. The fall takes WARMDOWN_FRAC of the run, which is right on one GPU,
+    eight and a laptop; or WARMDOWN_ITERS steps, of `step_seconds` where the clock is the end."""
     steps_left, cap = h.iterations - step, h.max_wallclock_seconds
     if h.warmdown_iters:
         steps_left = min(steps_left, (cap - elapsed) / step_seconds) if cap and step_seconds else steps_left
@@ -979,9 +977,9 @@ def build_run(h: Hyperparameters, rt: Runtime) -> Run:
 
 @contextlib.contextmanager
 def fake_quantization(h: Hyperparameters, model: nn.Module, floor: float | None) -> Iterator[None]:
-    """Late quantization-aware training: inside, with a floor, stored matrices are what `quantize_rows` makes of them.
-    Their gradients then update the masters (straight-through, Bengio et al. 2013). As weights are swapped and no graph
-    changes, nothing is recompiled or folded away, and scoring and adaptation, outside the `with`, cannot see it."""
+    """Late quantization-aware training (QAT): inside, with a floor, stored matrices are what `quantize_rows` makes of
+    them; gradients then update the masters (straight-through, Bengio et al. 2013). No graph changes, so nothing is
+    recompiled or folded away, and scoring and adaptation, outside the `with`, cannot see it."""
     named = model.named_parameters() if floor is not None else ()
     masters = [(p.data, p.data.clone(), bits) for name, p in named if (bits := stored_bits(h, name)) < 16]
     for weights, master, bits in masters:
@@ -993,9 +991,9 @@ def fake_quantization(h: Hyperparameters, model: nn.Module, floor: float | None)
 
 
 class Trainer:
-    """The training step, with all that it changes besides the model: optimizer state, averages, fake quantization. What
-    a run exports is an average, in fp32. The EMA's decay is min(EMA_DECAY, (1 + step) / (10 + step)): a short run, too,
-    forgets its initialisation, of which the constant 0.997 holds 41% after 300 steps. SWA is of snapshots of it."""
+    """The training step and its state: optimizer, averages, fake quantization. A run exports an fp32 average. The EMA's
+    decay is min(EMA_DECAY, (1 + step) / (10 + step)), so that a short run, too, forgets its initialisation, of which
+    the constant 0.997 holds 41% after 300 steps. SWA is the mean of snapshots of it."""
 
     def __init__(self, run: Run):
         self.run, self.parameters = run, list(run.model.parameters())
@@ -1054,7 +1052,7 @@ def preflight(run: Run) -> None:
         trainer.apply_average()
     weights = dict(run.model.named_parameters())
     if not h.eval_only and rt.rank == 0:
-        decode(encode(h, quantize_weights(h, weights, 1.0), 1.0, h.compressor), "the preflight's artifact")
+        decode(encode(h, quantize_weights(h, weights, 1.0, 0.0), 1.0, h.compressor), "the preflight's artifact")
     chunk = h.ttt_chunk_tokens if h.ttt_mode == "score_first" else h.ttt_batch_seqs * h.window
     num_targets = max(chunk, h.eval_batch_seqs * h.window * rt.world_size)
     tokens = torch.randint(h.vocab_size, (num_targets + 1,), dtype=torch.int32)
@@ -1083,6 +1081,8 @@ def train(run: Run) -> dict[str, Any]:
         settled = elapsed if step <= 2 else settled  # the first steps pay for caches: they are not in the mean
         step_seconds = (elapsed - settled) / (step - 2) if step > 2 else elapsed / step
         done = step - rt.lag  # the step that `loss` is of
+        if step == 3 and lr_scale < 1 and h.warmdown_iters:
+            rt.log(f"WARNING: WARMDOWN_ITERS={h.warmdown_iters} steps do not fit into this run: use WARMDOWN_FRAC")
         if done and not math.isfinite(loss):
             raise UserError(f"train_loss is {loss} at step {done}: lower MATRIX_LR={h.matrix_lr} or another rate")
         due = done <= 10 or done % h.train_log_every == 0 or step == h.iterations or elapsed - last_line > 30
@@ -1108,7 +1108,6 @@ def train(run: Run) -> dict[str, Any]:
 
 
 # ==================================================== 8  ARTIFACT =====================================================
-
 CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16, so that a row of zeros has a step as well
 
@@ -1130,12 +1129,11 @@ def quantize_rows(w: Tensor, bits: int, floor: float) -> tuple[Tensor, Tensor]:
     return best[1].to(torch.int8), best[2]
 
 
-def quantize_weights(h: Hyperparameters, weights: dict[str, Tensor], floor: float) -> Iterator[tuple]:
-    """Yields name, bits, codes and their scales (or fp16 values and None) of every parameter, PRUNE_FRAC of it
-    zeroed."""
+def quantize_weights(h: Hyperparameters, weights: dict[str, Tensor], floor: float, prune: float) -> Iterator[tuple]:
+    """Yields name, bits, codes and scales (or fp16 values and None) of all parameters, the part `prune` zeroed."""
     for name, w in weights.items():
         bits, w = stored_bits(h, name), w.detach()
-        if bits < 16 and (count := int(h.prune_frac * w.numel())):
+        if bits < 16 and (count := int(prune * w.numel())):
             w = w.masked_fill(w.abs() <= w.abs().flatten().kthvalue(count).values, 0.0)
         yield name, bits, *((w.half(), None) if bits == 16 else quantize_rows(w, bits, floor))
 
@@ -1147,7 +1145,7 @@ def fit_artifact(h: Hyperparameters, rt: Runtime, weights: dict[str, Tensor]) ->
     matrices = [w for name, w in weights.items() if stored_bits(h, name) < 16]
     num_codes, rows = sum(w.numel() for w in matrices), [w.abs().amax(1) for w in matrices] or [torch.ones(1)]
     for _ in range(10):
-        blob = encode(h, quantize_weights(h, weights, floor), floor, h.compressor)
+        blob = encode(h, quantize_weights(h, weights, floor, h.prune_frac), floor, h.compressor)
         rt.log(f"quantized: floor {floor:.5f} gives {len(blob):,} of {budget:,} bytes")
         if len(blob) <= budget and (best is None or floor < best[1]):
             best = (blob, floor)
@@ -1155,12 +1153,16 @@ def fit_artifact(h: Hyperparameters, rt: Runtime, weights: dict[str, Tensor]) ->
             break
         bits_over = (len(blob) - 0.9995 * budget) * 8 / num_codes
         floor = (floor or torch.cat(rows).median().item()) * 2 ** min(3.0, bits_over)
-    return best or (blob, floor)
+    blob, floor = best or (blob, floor)
+    if h.prune_frac:  # the smallest weights have code 0 anyway (all of PR 562's 3%): say what it did
+        pairs = zip(*(quantize_weights(h, weights, floor, part) for part in (0.0, h.prune_frac)))
+        rt.log(f"pruned: changed {sum(int((a[2] != b[2]).sum()) for a, b in pairs):,} of {num_codes:,} codes")
+    return blob, floor
 
 
 # A file is PREFIX and the payload, compressed: magic; half the SHA-256 of all after it; format version; codec; bytes of
 # the payload. A payload is the length of a JSON header, that header, all int8 codes, and all scales and other values.
-PREFIX, MAGIC, VERSION = struct.Struct("<4s16sHHQ"), b"PGLF", 1
+PREFIX, MAGIC, VERSION = struct.Struct("<4s16sHHQ"), b"PGLF", 2
 CODECS, LARGEST_PAYLOAD = {"none": 0, "zstd": 1, "lzma": 2}, 2**33
 LZMA = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]}
 
@@ -1265,9 +1267,8 @@ Score = collections.namedtuple("Score", "val_loss val_bpb num_targets num_bytes 
 
 
 def plan_windows(begin: int, end: int, length: int, stride: int) -> np.ndarray:
-    """Returns windows (W, 3): first position, first target, end of targets, whose targets are a partition of [begin,
-    end). The first covers `length` targets, every other the `stride` after it with as much context as fits, the last
-    what remains. (Published scripts scored the last targets of the text up to 32 times.)"""
+    """Returns windows (W, 3): first position, first target, end of targets. Targets are a partition of [begin, end):
+    the first `length`, then `stride` each, the last what remains (published scripts scored the last up to 32 times)."""
     ends = np.append(np.arange(begin + length, end, stride), end)
     return np.stack((np.maximum(ends - length, 0), np.append(begin, ends[:-1]), ends), axis=1)
 
@@ -1335,9 +1336,8 @@ def eval_val_sliding(run: Run) -> Score:
 
 # =================================================== 10  ADAPTATION ===================================================
 class Adapter:
-    """Test-time training of the model, in place; that the text it is given has been scored is its caller's concern. A
-    step is the same for any number of processes: they share its sequences, filled up with empty ones so that all take
-    part in every collective, and gradients are summed before they are clipped."""
+    """Test-time training (TTT) of the model, in place; that its text was scored before is its caller's concern. A step
+    is the same for any number of processes: they share its sequences, filled up with empty ones, and its gradient."""
 
     def __init__(self, run: Run):
         self.run, h, groups = run, run.h, collections.defaultdict(list)

@@ -31,8 +31,9 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def hashed_row(ids: list[int], at: int, order: int, rows: int) -> int:
-    """Row of the n-gram that ends at `at`, in Python's integers, which cannot overflow."""
-    if at < order - 1:
+    """Row of the n-gram that ends at `at`, in Python's integers, which cannot overflow; the last one where the n-gram
+    would begin before its document, whose first token is 1, or before the sequence."""
+    if at < order - 1 or 1 in ids[at - order + 2 : at + 1]:
         return rows - 1
     key = 36313 * ids[at] ^ 27191 * ids[at - 1]
     return (key ^ 51497 * ids[at - 2] if order == 3 else key) % (rows - 1)
@@ -92,7 +93,8 @@ def reference_logits(h: t.Hyperparameters, weights: dict, ids: list[int]) -> np.
             hashed = w[name + "embed.weight"][[hashed_row(ids, at, order, rows) for at in range(len(ids))]]
             x = x + hashed @ w[name + "proj.weight"].T * w[name + "scale"]
     x, gate = rms_normed(x), sigmoid(w["smear.gate"])
-    x = np.stack([(1 - gate) * x[at] + gate * (x[at - 1] if at else 0) for at in range(len(ids))])
+    before = [x[at - 1] if at and ids[at] != 1 else 0 for at in range(len(ids))]
+    x = np.stack([(1 - gate) * x[at] + gate * before[at] for at in range(len(ids))])
     x0, skips, v0, num_encoders = x, [], [], h.num_layers // 2
     with_ve = sorted(int(i) % h.num_layers for i in h.ve_layers.split(",")) if h.ve_enabled else []
     for layer in range(h.num_layers):
@@ -139,6 +141,7 @@ def test_logits_equal_a_second_implementation_in_plain_loops(tiny: Settings, set
     model = t.GPT(h)
     wake(model, 0.3)
     ids = torch.randint(h.vocab_size, (2, 40 if h.eval_seq_len else 20))
+    ids[0, 7], ids[1, 0], ids[1, 3], ids[1, 5] = 1, 1, 1, 1  # documents begin
     with torch.no_grad():
         logits = model.forward_logits(ids)
     expected = np.stack([reference_logits(h, model.state_dict(), row.tolist()) for row in ids])
@@ -358,10 +361,12 @@ def test_the_norm_is_over_the_root_mean_square_with_the_eps_of_fp32() -> None:
 def test_hashes_are_those_of_unbounded_integers(order: int, rows: int) -> None:
     table = t.TokenTable(2, 4, 8, (order,), 1.0)
     table.embed.num_embeddings = rows  # only their number matters here
-    ids = torch.tensor([[5, 7, 0, 1023, 65_535, 65_535, 65_535, 59_139]])  # the last products need more than 32 bits
+    # Products with the large ids need more than 32 bits; 1 begins a document.
+    ids = torch.tensor([[5, 7, 0, 1023, 65_535, 65_535, 65_535, 59_139, 1, 8, 9, 1, 1, 4]])
     expected = [hashed_row(ids[0].tolist(), at, order, rows) for at in range(ids.size(1))]
     assert table.rows_of(ids, order).tolist() == [expected]
-    assert expected[: order - 1] == [rows - 1] * (order - 1) and max(expected[order - 1 :]) < rows - 1
+    cut = {0, 8, 11, 12} if order == 2 else {0, 1, 8, 9, 11, 12, 13}  # the row that no hash reaches
+    assert [at for at, row in enumerate(expected) if row == rows - 1] == sorted(cut)
 
 
 def test_hashes_by_hand() -> None:
@@ -372,6 +377,19 @@ def test_hashes_by_hand() -> None:
     assert bigram.rows_of(ids, 2).tolist() == [[2047, 1082, 995]]
     assert bigram.rows_of(ids, 3).tolist() == [[2047, 2047, 1963]]
     assert bigram.rows_of(ids, 1).tolist() == [[5, 7, 9]]
+
+
+def test_ngrams_and_smearing_do_not_reach_into_the_document_before() -> None:
+    """What a document begins with has the same vectors after every other document, and as at the begin of a text."""
+    table, smear = t.TokenTable(64, 4, 8, (2, 3), 1.0), t.SmearGate(8)
+    embed = torch.nn.Embedding(96, 8)
+    document = [1, 7, 8, 9]
+    outs = []
+    for before in ([3, 4, 5], [6, 4, 9], []):
+        ids = torch.tensor([before + document])
+        outs.append(torch.cat((table(ids, torch.float32), smear(embed(ids), ids)), -1)[:, -4:])
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+    assert not torch.equal(smear(embed(ids), ids)[:, 1:], embed(ids)[:, 1:] / 2)  # inside of it, it smears
 
 
 @pytest.mark.parametrize(

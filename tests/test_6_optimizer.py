@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ Settings = Callable[..., t.Hyperparameters]
 
 # ----------------------------------------------------------------------------------------------------- Newton-Schulz
 
-SHAPES = [(24, 8), (8, 24), (16, 16)]
+SHAPES = [(8, 24), (16, 16)]  # tall ones lie down in their stacks: `test_steps_equal_muon_…` has some
 
 
 def quintic(x: np.ndarray, steps: int) -> np.ndarray:
@@ -49,7 +51,7 @@ def random_matrices(shape: tuple[int, int], lowest: float) -> tuple[np.ndarray, 
     return left, np.geomspace(lowest, 1.0, k) * np.ones((3, 1)), right
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=["tall", "wide", "square"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["wide", "square"])
 @pytest.mark.parametrize("steps", [1, 5])
 def test_newton_schulz_keeps_singular_vectors_and_maps_singular_values(shape: tuple[int, int], steps: int) -> None:
     left, values, right = random_matrices(shape, 0.01)
@@ -62,7 +64,7 @@ def test_newton_schulz_keeps_singular_vectors_and_maps_singular_values(shape: tu
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=["tall", "wide", "square"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["wide", "square"])
 @pytest.mark.parametrize(("dtype", "slack"), [(torch.float32, 1e-4), (torch.bfloat16, 0.06)])
 def test_newton_schulz_brings_singular_values_near_one(
     shape: tuple[int, int], dtype: torch.dtype, slack: float
@@ -81,7 +83,7 @@ def test_newton_schulz_brings_singular_values_near_one(
         assert torch.equal(out, out.bfloat16().float())
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=["tall", "wide", "square"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["wide", "square"])
 def test_newton_schulz_of_a_stack_is_that_of_each_matrix(shape: tuple[int, int]) -> None:
     matrices = torch.randn(3, *shape)
     matrices[1] = 0.0  # as in the padding of a stack: no division by zero
@@ -271,6 +273,23 @@ def test_several_processes_train_as_one_on_the_same_batch(trained: Callable, num
             # 0.035 x (0.3 x 6e-8) / 1e-3 = 6e-7. Three steps; and the gradients differ as the weights do: twice that.
             torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-5)
     assert any(number % num_processes for number in num_matrices)  # so there was padding
+
+
+@pytest.mark.parametrize(("layers", "stacks"), [(11, {22: 3, 1: 2}), (10, {20: 3, 1: 2})])
+def test_on_eight_processes_hardly_any_work_is_padding(layers: int, stacks: dict[int, int]) -> None:
+    """The published banks padded 11 matrices to 16 (31% of their iterations for nothing)."""
+    h = t.Hyperparameters(num_layers=layers)
+    with torch.device("meta"):
+        model = t.GPT(h)
+    rt = SimpleNamespace(world_size=8, device=torch.device("meta"), compile=lambda function: function)
+    optimizer = t.Optimizer(h, rt, model)
+    assert collections.Counter(len(stack.parameters) for stack in optimizer.stacks) == stacks
+    for stack in optimizer.stacks:
+        matrices = 8 * len(stack.momentum)
+        assert matrices == 24 or stack.momentum.numel() * len(stack.parameters) <= 512 * 128  # a tiny projection
+        assert (
+            stack.momentum.dtype == torch.float32
+        )  # published banks had bfloat16, which at 0.99 rounds by 0.2% a step
 
 
 # --------------------------------------------------------------------------------------------------------- schedules

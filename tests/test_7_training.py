@@ -207,7 +207,7 @@ def test_inside_the_with_the_weights_are_quantized_and_outside_they_are_the_mast
 def test_inside_the_with_the_model_is_the_one_that_the_artifact_holds(make_run: Callable) -> None:
     run = make_run(**QAT)
     weights = {name: p.detach() for name, p in run.model.named_parameters()}
-    _, decoded = t.decode(t.encode(run.h, t.quantize_weights(run.h, weights, 0.5), 0.5, "none"), "x")
+    _, decoded = t.decode(t.encode(run.h, t.quantize_weights(run.h, weights, 0.5, run.h.prune_frac), 0.5, "none"), "x")
     with t.fake_quantization(run.h, run.model, run.h.floor):
         for name, p in run.model.named_parameters():
             if t.stored_bits(run.h, name) < 16:
@@ -221,7 +221,7 @@ def test_gradients_are_those_at_the_quantized_weights_and_reach_the_masters(
     masters, batch, trainer = snapshot(run), random_batch(run), t.Trainer(run)
     quantized = copy.deepcopy(run.model)
     with torch.no_grad():
-        for name, bits, codes, scales in t.quantize_weights(run.h, masters, run.h.floor):
+        for name, bits, codes, scales in t.quantize_weights(run.h, masters, run.h.floor, run.h.prune_frac):
             if bits < 16:
                 quantized.get_parameter(name).copy_(codes.float() * scales.float())
     quantized(*batch[0]).backward()

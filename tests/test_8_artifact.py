@@ -154,7 +154,7 @@ def test_pruning_zeroes_exactly_the_smallest_part_of_each_quantized_matrix(
     weights = {n: torch.randn(p.shape) for n, p in t.GPT(h).named_parameters()}
     seen = []
     monkeypatch.setattr(t, "quantize_rows", lambda w, bits, floor: (seen.append(w), (w, w))[1])
-    for name, bits, values, _ in t.quantize_weights(h, weights, 0.0):
+    for name, bits, values, _ in t.quantize_weights(h, weights, 0.0, h.prune_frac):
         w = weights[name]
         if bits == 16:
             assert torch.equal(values, w.half()), "fp16 tensors are not pruned"
@@ -181,7 +181,7 @@ def named(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def write_artifact(path: Path, h: t.Hyperparameters, model: t.GPT, floor: float = 0.01, codec: str = "none") -> bytes:
-    blob = t.encode(h, t.quantize_weights(h, named(model), floor), floor, codec)
+    blob = t.encode(h, t.quantize_weights(h, named(model), floor, h.prune_frac), floor, codec)
     path.write_bytes(blob)
     return blob
 
@@ -216,11 +216,13 @@ def test_decoding_returns_codes_times_scales_and_the_model_knobs_bit_by_bit(tiny
             codes, scales = t.quantize_rows(w, found[0], 0.01)  # itself compared with the formula above
             expected[name] = codes.float() * scales.float()
     assert sum(not torch.equal(w, weights[n].half().float()) for n, w in expected.items()) >= 20
-    blob = t.encode(h, t.quantize_weights(h, weights, 0.01), 0.01, codec)
+    blob = t.encode(h, t.quantize_weights(h, weights, 0.01, h.prune_frac), 0.01, codec)
     knobs, decoded = t.decode(blob, "x")
     assert_equal_weights(decoded, expected)
     assert knobs == h.values(t.ModelKnob)
-    assert blob == t.encode(h, t.quantize_weights(h, weights, 0.01), 0.01, codec), "the same file from the same weights"
+    assert blob == t.encode(h, t.quantize_weights(h, weights, 0.01, h.prune_frac), 0.01, codec), (
+        "the same file from the same weights"
+    )
 
 
 def test_export_writes_an_exact_checkpoint_and_the_file_that_it_reports(
@@ -234,7 +236,9 @@ def test_export_writes_an_exact_checkpoint_and_the_file_that_it_reports(
     assert knobs == run.h.values(t.ModelKnob)
     artifact = (tmp_path / "final_model.bin").read_bytes()
     assert (figures["bytes_model"], figures["quant_floor"]) == (len(artifact), 0.5)
-    direct = t.decode(t.encode(run.h, t.quantize_weights(run.h, named(run.model), 0.5), 0.5, "none"), "x")[1]
+    direct = t.decode(
+        t.encode(run.h, t.quantize_weights(run.h, named(run.model), 0.5, run.h.prune_frac), 0.5, "none"), "x"
+    )[1]
     assert_equal_weights(t.decode(artifact, "artifact")[1], direct)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.bin", "final_model.bin"]
 
@@ -285,7 +289,7 @@ def test_a_model_of_full_size_round_trips(monkeypatch: pytest.MonkeyPatch, tmp_p
     weights = {name: torch.randn(shape) * 0.05 for name, shape in shapes.items()}
     assert sum(w.numel() for w in weights.values()) == 26_993_756
     tensors, expected = [], {}
-    for name, bits, values, scales in t.quantize_weights(h, weights, 0.0):
+    for name, bits, values, scales in t.quantize_weights(h, weights, 0.0, h.prune_frac):
         tensors.append((name, bits, values, scales))
         expected[name] = values.float() if scales is None else values.float() * scales.float()
     (tmp_path / "m.bin").write_bytes(t.encode(h, tensors, 0.0, "none"))
@@ -298,7 +302,7 @@ def test_a_model_of_full_size_round_trips(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 # ------------------------------------------------------------------------------------------------------- bad files
 def seal(
-    payload: bytes, version: int = 1, codec: int = 0, length: int | None = None, body: bytes | None = None
+    payload: bytes, version: int = t.VERSION, codec: int = 0, length: int | None = None, body: bytes | None = None
 ) -> bytes:
     """Returns a file with a right checksum, written from the format: magic, half the SHA-256 of what follows it,
     format version (u16), codec (u16), bytes of the payload (u64), the payload as it is stored."""
@@ -353,7 +357,7 @@ def test_a_flipped_bit_anywhere_is_refused(tiny: Callable, tmp_path: Path, codec
         (b"PGLF", "no artifact"),
         (b"PK\x03\x04" + bytes(100), "no artifact"),  # what torch.save writes
         (b"\x28\xb5\x2f\xfd" + bytes(100), "no artifact"),  # a bare zstd stream
-        (seal(b"", version=2), "format version 2, this script reads 1"),
+        (seal(b"", version=1), "format version 1, this script reads 2"),
         (seal(b""), "malformed"),
         (seal(b"\0\0"), "malformed"),
         (seal(b"\xff\xff\xff\xff{}"), "malformed"),
@@ -560,7 +564,7 @@ def run_with_limit(make_run: Callable, tmp_path: Path, std: float, fraction: flo
     """Returns a run whose limit is the code and a fraction of what its weights take on the finest grid."""
     run = make_run(awake=False, size_limit=16_000_000, compressor="lzma", **settings)
     wake(run.model, std)
-    finest = t.encode(run.h, t.quantize_weights(run.h, named(run.model), 0.0), 0.0, "lzma")
+    finest = t.encode(run.h, t.quantize_weights(run.h, named(run.model), 0.0, run.h.prune_frac), 0.0, "lzma")
     run.h.size_limit, run.rt.run_dir = CODE_BYTES + int(fraction * len(finest)), tmp_path
     return run
 
@@ -582,7 +586,10 @@ def test_the_automatic_floor_fits_the_limit_and_is_no_coarser_than_needed(
     # A floor of 3/4 makes codes 0.4 bits longer where it decides: 5% of a file with 6 bits a code, and more than the
     # 0.5% that a step of the search and the noise of a compressor on 30,000 bytes leave unused.
     finer = 0.75 * figures["quant_floor"]
-    assert len(t.encode(run.h, t.quantize_weights(run.h, named(run.model), finer), finer, "lzma")) > budget
+    assert (
+        len(t.encode(run.h, t.quantize_weights(run.h, named(run.model), finer, run.h.prune_frac), finer, "lzma"))
+        > budget
+    )
     assert size > 0.98 * budget
 
 
