@@ -25,11 +25,14 @@ demo: setup ## train, export, score and adapt a small model on this machine: abo
 	set -a && source records/env/demo.env && set +a && RUN_ID=demo $(BIN)/python train_gpt.py
 	$(BIN)/python data/demo.py check logs/demo
 
-train: setup ## train with records/env/CONFIG.env, on all GPUs of this machine: make train CONFIG=demo
-	@test -f records/env/$(CONFIG).env || { echo "make train needs CONFIG, one of: $$(cd records/env && ls *.env | sed 's/.env//' | xargs)"; exit 2; }
-	set -a && source records/env/$(CONFIG).env && set +a && \
+train: setup ## train one of the systems in records/env/ on all GPUs here: make train CONFIG=pr1092, or CONFIG="pr1092 toy"
+	@test -n "$(CONFIG)" && ls $(CONFIG:%=records/env/%.env) > /dev/null || { echo "make train needs CONFIG, of: $$(cd records/env && ls *.env | sed 's/.env//' | xargs)"; exit 2; }
+	set -a; for name in $(CONFIG); do source records/env/$$name.env || exit; done; set +a; \
 	n=$$($(BIN)/python -c 'import torch; print(max(1, torch.cuda.device_count()))') && \
 	$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$$n train_gpt.py
+
+fidelity: setup ## compare the four systems with the published scripts at a small size: half an hour on 2 cores
+	$(BIN)/python records/fidelity.py
 
 test: .venv/test ## run the tests: no network, no GPU
 	$(BIN)/python -m pytest
@@ -41,4 +44,4 @@ lint: .venv/test ## check style and types
 clean: ## remove what these commands made, except logs/
 	rm -rf .venv data/datasets/demo_sp1024 data/tokenizers/demo_1024_bpe.model .pytest_cache .ruff_cache
 
-.PHONY: help setup demo train test lint clean
+.PHONY: help setup demo train fidelity test lint clean

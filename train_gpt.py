@@ -178,7 +178,7 @@ class Hyperparameters:
     prune_frac = Knob(0.0, (0.0, 0.9), "this part of each quantized matrix, the smallest in magnitude, is zeroed first")
     compressor = Knob("zstd", ("zstd", "lzma"), "zstd: level 22; lzma: preset 9, extreme")
     size_limit = Knob(SIZE_LIMIT_BYTES, (1, SIZE_LIMIT_BYTES), "bytes of code + model; more is an error")
-    eval_seq_len = Knob(0, (0, 2**20), "positions of a scoring window; 0: TRAIN_SEQ_LEN")
+    eval_seq_len = Knob(0, (0, 2**20), "positions of a scoring window, and of adaptation; 0: TRAIN_SEQ_LEN")
     eval_stride = Knob(64, (0, 2**20), "targets scored a window; 0: windows do not overlap")
     eval_batch_seqs = Knob(32, (1, 4096), "windows a forward pass")
     eval_ladder = Knob(False, None, "with TTT, score the sliding windows without it as well, for the report")

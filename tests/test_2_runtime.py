@@ -90,6 +90,23 @@ def test_an_array_arrives_as_int64_with_the_same_values(runtime: Callable) -> No
     assert tensor.dtype == torch.int64 and tensor.tolist() == array.tolist()
 
 
+def test_the_host_waits_for_the_number_before_the_last_only(runtime: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with its events replaced: waiting for the last one would drain the device in every step."""
+    waited, recorded, empty = [], [], torch.empty
+
+    def record_event() -> SimpleNamespace:
+        recorded.append(len(recorded))
+        return SimpleNamespace(synchronize=lambda number=recorded[-1]: waited.append(number))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(record_event=record_event))
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory, **kwargs: empty(*args, **kwargs))
+    rt = runtime()
+    rt.lag = 1
+    numbers = [rt.follow(torch.tensor(float(step))) for step in range(4)]
+    assert math.isnan(numbers[0]) and numbers[1:] == [0.0, 1.0, 2.0]
+    assert recorded == [0, 1, 2, 3] and waited == [0, 1, 2]
+
+
 def test_on_a_cpu_the_followed_number_is_the_one_just_queued(runtime: Callable) -> None:
     rt = runtime()
     assert rt.lag == 0 and [rt.follow(torch.tensor(x)) for x in (1.5, 2.5)] == [1.5, 2.5]

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -282,6 +283,21 @@ def test_batches_are_slices_of_the_ring_for_any_number_of_processes(
         np.testing.assert_array_equal(x, endless[begin : begin + num_tokens])
         np.testing.assert_array_equal(y, endless[begin + 1 : begin + num_tokens + 1])
         assert {loader.position for loader in loaders} == {begin + num_tokens}
+
+
+def test_the_next_batch_is_read_while_this_one_is_used(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, read = [], t.TokenLoader._read
+
+    def spy(self: t.TokenLoader, position: int) -> np.ndarray:
+        reads.append((position, threading.current_thread().name.split("_")[0]))
+        return read(self, position)
+
+    monkeypatch.setattr(t.TokenLoader, "_read", spy)
+    loader = make_loader(tiny(vocab_size=2048), make_shards([1000])[0])
+    for step in range(3):
+        loader.next_batch()
+        loader.future.result(timeout=10)  # is being read, though nobody has asked for it yet
+        assert reads == [(256 * number, "loader") for number in range(step + 2)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

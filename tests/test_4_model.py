@@ -379,6 +379,18 @@ def test_hashes_by_hand() -> None:
     assert bigram.rows_of(ids, 1).tolist() == [[5, 7, 9]]
 
 
+@pytest.mark.parametrize("settings", [{}, {"trigram_shared": True}, {"trigram_vocab_size": 64, "trigram_dim": 8}])
+def test_a_narrow_hash_table_learns(tiny: Settings, settings: dict) -> None:
+    """Published tables narrower than 64 had a projection of zeros before a table of zeros: no gradient, for ever."""
+    model = t.GPT(tiny(bigram_dim=8, **settings))
+    with torch.no_grad():  # the head is the embedding: only its first step makes it differ from a guess
+        model.tok_emb.weight.normal_()
+    ids = torch.randint(2, 96, (2, 17))
+    model(ids[:, :-1], ids[:, 1:]).backward()
+    for table in filter(None, (model.bigram, model.trigram)):
+        assert table.embed.weight.grad.any() and table.proj.weight.any()
+
+
 def test_ngrams_and_smearing_do_not_reach_into_the_document_before() -> None:
     """What a document begins with has the same vectors after every other document, and as at the begin of a text."""
     table, smear = t.TokenTable(64, 4, 8, (2, 3), 1.0), t.SmearGate(8)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import collections
 import math
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +81,14 @@ def test_newton_schulz_brings_singular_values_near_one(
     assert 0.68 - slack < found.min() and found.max() < 1.21 + slack
     if dtype == torch.bfloat16:  # and it was really computed in that type: results have its 8 bits
         assert torch.equal(out, out.bfloat16().float())
+
+
+def test_newton_schulz_leaves_its_input_alone() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        matrices = torch.randn(2, 8, 24, dtype=dtype)
+        before = matrices.clone()
+        t.newton_schulz(matrices, 5, dtype)
+        assert torch.equal(matrices, before)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["wide", "square"])
@@ -275,6 +283,26 @@ def test_several_processes_train_as_one_on_the_same_batch(trained: Callable, num
     assert any(number % num_processes for number in num_matrices)  # so there was padding
 
 
+def test_the_number_of_collectives_does_not_grow_with_the_layers(tiny: Settings) -> None:
+    """Published: one all-reduce for each of some 80 replicated tensors."""
+    counts = []
+    for layers in (3, 9):
+        h, calls = tiny(num_layers=layers, bigram_vocab_size=0, ve_enabled=False), Counter()
+        rt = t.Runtime(h)
+        rt.world_size = 2  # what a second process would add does not matter here
+        rt.all_reduce = lambda x, calls=calls: calls.update(["all_reduce"]) or x
+        rt.reduce_scatter = lambda x, calls=calls: calls.update(["reduce_scatter"]) or x[: len(x) // 2].clone()
+        rt.all_gather = lambda x, calls=calls: calls.update(["all_gather"]) or torch.cat((x, x))
+        model = t.GPT(h)
+        ids = torch.randint(96, (2, 9))
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        t.Optimizer(h, rt, model).step(1.0, 0.9)
+        counts.append(calls)
+    # Shapes: (32, 32) of c_q and proj, (16, 32) of c_k and c_v, (32, 96) of the MLP. One all-reduce is of replicated
+    # gradients, one of the norm.
+    assert counts[0] == counts[1] == {"all_reduce": 2, "reduce_scatter": 3, "all_gather": 3}
+
+
 @pytest.mark.parametrize(("layers", "stacks"), [(11, {22: 3, 1: 2}), (10, {20: 3, 1: 2})])
 def test_on_eight_processes_hardly_any_work_is_padding(layers: int, stacks: dict[int, int]) -> None:
     """The published banks padded 11 matrices to 16 (31% of their iterations for nothing)."""
@@ -283,7 +311,7 @@ def test_on_eight_processes_hardly_any_work_is_padding(layers: int, stacks: dict
         model = t.GPT(h)
     rt = SimpleNamespace(world_size=8, device=torch.device("meta"), compile=lambda function: function)
     optimizer = t.Optimizer(h, rt, model)
-    assert collections.Counter(len(stack.parameters) for stack in optimizer.stacks) == stacks
+    assert Counter(len(stack.parameters) for stack in optimizer.stacks) == stacks
     for stack in optimizer.stacks:
         matrices = 8 * len(stack.momentum)
         assert matrices == 24 or stack.momentum.numel() * len(stack.parameters) <= 512 * 128  # a tiny projection

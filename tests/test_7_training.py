@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from test_8_artifact import quantize_reference
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt as t
 
@@ -497,3 +499,49 @@ def test_the_preflight_trains_nothing_where_nothing_will_be_trained(
     monkeypatch.setattr(t, "encode", lambda *arguments: (encoded.append(1), encode(*arguments))[1])
     t.preflight(make_run(**{setting: "some file"}))
     assert len(encoded) == (setting == "export_only")
+
+
+def test_every_rank_takes_the_learning_rate_from_the_clock_of_rank_0(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This rank's own clock says milliseconds; rank 0's says that each step took ten seconds."""
+    run = make_run(max_wallclock_seconds=100.0, val_loss_every=0)
+    seconds, scales, step = iter(range(10, 10_000, 10)), [], t.Trainer.step
+    monkeypatch.setattr(run.rt, "agree", lambda number: float(next(seconds)))
+
+    def spy(self: t.Trainer, number: int, lr_scale: float, batch: list) -> torch.Tensor:
+        scales.append(lr_scale)
+        return step(self, number, lr_scale, batch)
+
+    monkeypatch.setattr(t.Trainer, "step", spy)
+    t.train(run)
+    # 1.05 x 10 s more must fit below 100 s: the step after 80 s still begins, the one after 90 s does not.
+    assert scales == pytest.approx([min(1.0, (100 - 10 * done) / 50) for done in range(9)])
+
+
+@pytest.mark.parametrize(("warmdown", "warned"), [(100, True), (4, True), (3, False)])
+def test_a_warm_down_longer_than_the_run_is_a_warning(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch, warmdown: int, warned: bool
+) -> None:
+    """Of 5 steps the third has 3 to go. With few GPUs, the published 3,500 steps begin below full rate."""
+    run = make_run(iterations=5, max_wallclock_seconds=0.0, warmdown_iters=warmdown)
+    lines = log_lines(run, monkeypatch)
+    t.train(run)
+    assert any(f"WARNING: WARMDOWN_ITERS={warmdown} steps do not fit" in line for line in lines) == warned
+
+
+def test_averages_take_one_operation_for_all_tensors(make_run: Callable) -> None:
+    class Count(TorchDispatchMode):
+        operations = 0
+
+        def __torch_dispatch__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+            self.operations += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for layers in (2, 6):
+        trainer = t.Trainer(make_run(num_layers=layers, ve_layers="-1", swa_enabled=True, swa_every=1))
+        with Count() as mode:
+            trainer.update_averages(1, 0.1)
+        counts.append(mode.operations)
+    assert counts == [2, 2]  # one for the EMA, one for the SWA's sum

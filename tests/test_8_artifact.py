@@ -167,6 +167,38 @@ def test_pruning_zeroes_exactly_the_smallest_part_of_each_quantized_matrix(
     assert len(seen) > 10
 
 
+@pytest.mark.parametrize("prune_frac", [0.03, 0.6])
+def test_pruning_says_how_many_codes_it_changed(
+    make_run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture, prune_frac: float
+) -> None:
+    """PR 562 pruned 3% of each matrix, below half a step of its grid: not one int5 code changed."""
+    run = make_run(prune_frac=prune_frac, quant_floor="1.0")  # the weights' magnitudes are below 1: a grid of 1 / q
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.uniform_(-0.9, 0.9)
+    run.rt.run_dir, changed, count = tmp_path, 0, 0
+    for name, w in named(run.model).items():
+        if (bits := t.stored_bits(run.h, name)) < 16:
+            step = np.float64(np.float16(1 / (2 ** (bits - 1) - 1)))
+            smallest = np.sort(w.abs().flatten().double().numpy())[: int(prune_frac * w.numel())]
+            changed, count = changed + int((np.round(smallest / step) != 0).sum()), count + w.numel()
+    t.export(run)
+    assert f"pruned: changed {changed:,} of {count:,} codes" in capsys.readouterr().out
+
+
+def test_only_rank_0_quantizes_and_compresses(
+    make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(t, "encode", lambda *args: calls.append(args) or b"x" * 100)
+    for rank in (1, 0):
+        run = make_run(quant_floor="1.0")
+        run.rt.run_dir, run.rt.rank = tmp_path, rank
+        t.export(run)
+        assert len(calls) == (0 if rank else 2)  # the checkpoint and the artifact
+        assert len(list(tmp_path.iterdir())) == len(calls)
+
+
 # ---------------------------------------------------------------------------------------------------- the round trip
 def make_model(tiny: Callable, seed: int = 2, std: float = 0.2, **settings: object) -> tuple[t.Hyperparameters, t.GPT]:
     h = tiny(**settings)

@@ -203,3 +203,21 @@ def test_a_window_in_the_place_of_another_stops_the_run(make_run: Callable) -> N
     scorer.score(windows)
     with pytest.raises(AssertionError, match="16 of 104 targets not scored exactly once"):
         scorer.result()
+
+
+@pytest.mark.parametrize("ladder", [False, True])
+def test_scoring_has_two_shapes_and_no_pass_that_nobody_asked_for(make_run: Callable, ladder: bool) -> None:
+    """A shape more is a graph more to compile, in the 600 seconds; PR 1092 scored everything once more than needed."""
+    run = make_run(203, eval_ladder=ladder, ttt_lr=0.0)  # 203 targets: neither windows nor batches come out even
+    shapes, scored = [], []
+
+    def spy(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():  # scoring, not adaptation
+            shapes.append((tuple(x.shape), tuple(y.shape)))
+            scored.append(int((y >= 0).sum()))
+        return run.model.token_nll(x, y)
+
+    t.evaluate(run._replace(token_nll=spy))
+    # The text's first window alone, and full batches: of 4 windows with all their targets, or with the last 8.
+    assert set(shapes) == {((1, 32), (1, 32)), ((4, 32), (4, 32)), ((4, 32), (4, 8))}
+    assert sum(scored) == (3 if ladder else 2) * 203
