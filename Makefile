@@ -27,7 +27,7 @@ demo: setup ## train, export, score and adapt a small model on this machine: abo
 
 train: setup ## train one of the systems in records/env/ on all GPUs here: make train CONFIG=pr1092, or CONFIG="pr1092 toy"
 	@test -n "$(CONFIG)" && ls $(CONFIG:%=records/env/%.env) > /dev/null || { echo "make train needs CONFIG, of: $$(cd records/env && ls *.env | sed 's/.env//' | xargs)"; exit 2; }
-	set -a; for name in $(CONFIG); do source records/env/$$name.env || exit; done; set +a; \
+	given=$$(export -p); set -a; for name in $(CONFIG); do source records/env/$$name.env || exit; done; eval "$$given"; \
 	n=$$($(BIN)/python -c 'import torch; print(max(1, torch.cuda.device_count()))') && \
 	$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$$n train_gpt.py
 

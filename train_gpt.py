@@ -1075,13 +1075,13 @@ def train(run: Run) -> dict[str, Any]:
     progress = Progress(rt, "training", 100, "%", BIG)
     step, elapsed, step_seconds, settled, last_line, start = 0, 0.0, 0.0, 0.0, 0.0, rt.now()
     while step < h.iterations and not (cap and elapsed + 1.05 * step_seconds * (1 + rt.lag) > cap):
-        lr_scale = learning_rate_scale(h, step, elapsed, step_seconds)
+        lr_scale = learning_rate_scale(h, step, elapsed, step_seconds if step > 2 else 0.0)
         loss = rt.follow(trainer.step(step, lr_scale, loader.next_batch()))
         step, elapsed = step + 1, rt.agree(time.perf_counter() - start)
         settled = elapsed if step <= 2 else settled  # the first steps pay for caches: they are not in the mean
         step_seconds = (elapsed - settled) / (step - 2) if step > 2 else elapsed / step
         done = step - rt.lag  # the step that `loss` is of
-        if step == 3 and lr_scale < 1 and h.warmdown_iters:
+        if step == 4 and lr_scale < 1 and h.warmdown_iters:
             rt.log(f"WARNING: WARMDOWN_ITERS={h.warmdown_iters} steps do not fit into this run: use WARMDOWN_FRAC")
         if done and not math.isfinite(loss):
             raise UserError(f"train_loss is {loss} at step {done}: lower MATRIX_LR={h.matrix_lr} or another rate")

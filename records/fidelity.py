@@ -7,7 +7,7 @@ The size is records/env/bench.env: 4 layers, width 128, 300 steps of 16,384 toke
 131,072 targets of the challenge's validation text. The published scripts ran so on two CPU cores (torch 2.13.0,
 compiled, bf16 autocast), cuda replaced by cpu and FlashAttention by torch's kernel. The numbers are raw: of the weights
 after the last step, in windows that do not overlap. Prints a table, and ends with status 1 where a system is more than
-0.02 bits per byte worse than its original, with 2 where that cannot be said, as the tokens are others."""
+0.02 bits per byte worse than its original, with 2 where that cannot be said because the tokens differ."""
 
 from __future__ import annotations
 

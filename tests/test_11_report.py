@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -91,6 +92,7 @@ def test_a_run_within_the_rules_is_compliant_and_its_record_complete(reported: C
     assert result["bytes_total"] == result["bytes_model"] + result["bytes_code"] == 1000 + len(t.CODE.read_bytes())
     assert (result["val_loss"], result["val_bpb"], result["seed"]) == (2.0, 1.2, 1337)
     assert result["settings"].keys() == t.Hyperparameters.knobs().keys()
+    assert result["code_sha256"] == hashlib.sha256(t.CODE.read_bytes()).hexdigest()
     assert result["script"] == t.CODE.read_bytes()
     assert [event["event"] for event in result["metrics"]] == ["config", "final"]
     final = result["metrics"][-1]

@@ -73,6 +73,12 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(trained: SimpleNamespa
     assert list(trained.stages) == STAGES
     assert trained.result["val_bpb"] == trained.stages["adapted"] < trained.stages["sliding"]
     assert trained.result["bytes_model"] == (trained.folder / "final_model.bin").stat().st_size
+    # What people used to write by hand: steps, seconds, seed, settings.
+    assert (trained.result["steps"], trained.result["seed"]) == (SMALL["ITERATIONS"], t.Hyperparameters.seed)
+    assert 0 < trained.result["train_seconds"] < 300 and 0 < trained.result["eval_seconds"] < 300
+    assert {name: trained.result["settings"][name.lower()] for name in SMALL} == {
+        name: bool(value) if name == "EVAL_LADDER" else value for name, value in SMALL.items()
+    }
 
 
 def test_eval_only_repeats_the_final_score_and_sweeps_adaptation(
@@ -132,6 +138,7 @@ def test_late_quantization_swa_and_pruning_run_and_report_that_they_acted(run_sc
     steps = SMALL["ITERATIONS"]
     assert f"step:{steps * 3 // 4}/{steps} late_qat: on, floor 0.1" in run.log
     assert f"averaging: EMA on, SWA of {steps - (steps * 4 // 5 + 1)} snapshots" in run.log
+    assert re.search(r"^pruned: changed [1-9][\d,]* of", run.log, re.M)
     assert "BREAKS THE RULES" in run.log and run.result["compliant"] is False and "compliant:0" in run.log
 
 

@@ -179,6 +179,34 @@ def test_a_pattern_that_matches_no_parameter_is_refused(started: Callable, setti
         started(**settings)
 
 
+def test_weights_gradients_and_optimizer_states_of_a_run_are_fp32(started: Callable) -> None:
+    """Published: embeddings and tables in bf16 without masters, momentum and reduced gradients in bf16."""
+    run = started(gated_attention=True, value_residual=True)
+    reduced, dtypes = [], set()
+    run.rt.world_size = 2
+    run.rt.all_reduce = lambda x: reduced.append(x) or x
+    run.rt.reduce_scatter = lambda x: reduced.append(x) or x[: len(x) // 2].clone()
+    run.rt.all_gather = lambda x: torch.cat((x, x))
+    run.model.compute_dtype = torch.bfloat16  # as on a GPU
+    optimizer = t.Optimizer(run.h, run.rt, run.model)
+    ids = torch.randint(96, (2, 33))
+    run.mean_loss(ids[:, :-1], ids[:, 1:]).backward()
+    dtypes |= {p.dtype for p in run.model.parameters()} | {p.grad.dtype for p in run.model.parameters()}
+    optimizer.step(1.0, 0.9)
+    dtypes |= {stack.momentum.dtype for stack in optimizer.stacks} | {x.dtype for x in reduced}
+    dtypes |= {x.dtype for state in optimizer.adamw.state.values() for x in state.values()}
+    assert dtypes == {torch.float32} and len(reduced) > 3
+    trainer = t.Trainer(run._replace(h=run.h))
+    assert {x.dtype for x in trainer.ema} == {torch.float32}
+
+
+def test_training_and_scoring_call_the_compiled_model(started: Callable) -> None:
+    for compiled in (True, False):
+        run = started(compile="01"[compiled])
+        calls = (run.mean_loss, run.token_nll)
+        assert [hasattr(call, "_torchdynamo_orig_callable") for call in calls] == [compiled] * 2
+
+
 def test_patterns_that_match_are_accepted(started: Callable) -> None:
     run = started(ttt_lr_groups="mlp.proj:3,mlp.fc:0.5", fp16_keep_name_patterns="tok_emb,blocks.2.attn.c_k")
     assert run.h.fp16_patterns == ["tok_emb", "blocks.2.attn.c_k"]

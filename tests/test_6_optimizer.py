@@ -297,10 +297,11 @@ def test_the_number_of_collectives_does_not_grow_with_the_layers(tiny: Settings)
         ids = torch.randint(96, (2, 9))
         model(ids[:, :-1], ids[:, 1:]).backward()
         t.Optimizer(h, rt, model).step(1.0, 0.9)
+        t.Adapter(t.Run(h, rt, model, model.forward, model.token_nll, [], None)).step(ids[:, :-1], ids[:, 1:], 16, 1.0)
         counts.append(calls)
     # Shapes: (32, 32) of c_q and proj, (16, 32) of c_k and c_v, (32, 96) of the MLP. One all-reduce is of replicated
-    # gradients, one of the norm.
-    assert counts[0] == counts[1] == {"all_reduce": 2, "reduce_scatter": 3, "all_gather": 3}
+    # gradients, one of the norm, and one of a test-time step.
+    assert counts[0] == counts[1] == {"all_reduce": 3, "reduce_scatter": 3, "all_gather": 3}
 
 
 @pytest.mark.parametrize(("layers", "stacks"), [(11, {22: 3, 1: 2}), (10, {20: 3, 1: 2})])

@@ -25,6 +25,7 @@ import train_gpt as t
 sys.path.insert(0, str(ROOT / "records"))
 import fidelity  # noqa: E402
 
+N, WINDOW = 62_021_632, 2048  # targets of the whole validation set, as all logs have it
 SYSTEMS = ("pr518", "pr518_legal", "pr562", "pr562_legal", "pr977", "pr1092")
 RECORDS = (ROOT / "records" / "README.md").read_text()
 pytestmark = pytest.mark.skipif(not shutil.which("bash"), reason="a shell reads the files of settings, bash is missing")
@@ -161,16 +162,20 @@ def test_a_file_sets_only_what_differs_from_the_defaults_each_line_with_its_sour
         assert knobs[variable.lower()].parse(variable, value) != knobs[variable.lower()].default, line
         # The source of a published value, or, in a twin, that of its original.
         assert source or name.endswith("_legal"), line
-    assert f"records/env/{name}.env; set +a" in text  # how to use it
+    assert max(map(len, text.splitlines())) <= 120
+    assert f"(set -a; . records/env/{name}.env; torchrun " in text  # how to use it
 
 
 @pytest.mark.parametrize("name", ["pr518", "pr562"])
 def test_a_legal_twin_is_the_same_system_but_for_what_broke_the_rules(name: str) -> None:
     original, twin = load(name).values(), load(f"{name}_legal").values()
+    # Score-first, the recipe keeps its steps: all but the last of the chunks are trained on, in one step a pass.
+    chunks = math.ceil(N / twin["ttt_chunk_tokens"])
+    assert twin["ttt_chunk_tokens"] == twin["ttt_batch_seqs"] * WINDOW and chunks - 1 == 118
     changed = {n: (original[n], twin[n]) for n in twin if original[n] != twin[n]}
     assert changed == {
         "ttt_mode": ("pre", "score_first"),
-        "ttt_batch_seqs": (256, 32),
+        "ttt_chunk_tokens": (32_768, 524_288),
         "quant_floor": (original["quant_floor"], "auto"),
     }
 
@@ -289,16 +294,10 @@ def test_learning_rate_and_momentum_are_the_published_ones_at_named_steps(name: 
     assert t.muon_momentum(h, 750) == pytest.approx(0.955, abs=1e-12)
 
 
-N, WINDOW = 62_021_632, 2048  # targets of the whole validation set, as all logs have it
-
-
 def test_the_test_time_schedules_are_the_published_ones_at_named_steps() -> None:
-    for chunk, expected in ((0, 1.0), (473, 0.5), (946, 0.5), (1419, 0.5), (1892, 0.0)):
-        scale = t.cosine(chunk / 1892)  # of 1,893 chunks
-        if chunk in (0, 946, 1892):
-            assert scale == pytest.approx(expected, abs=1e-15)
-        else:
-            assert scale == pytest.approx(0.5 + 0.5 * math.cos(math.pi * chunk / 1892), abs=1e-15)
+    # Of 1,893 chunks: the first, a quarter, half, three quarters, the last. cos(pi / 4) is the root of 1/2.
+    for chunk, expected in ((0, 1.0), (473, 0.5 + 0.125**0.5), (946, 0.5), (1419, 0.5 - 0.125**0.5), (1892, 0.0)):
+        assert t.cosine(chunk / 1892) == pytest.approx(expected, abs=1e-15)
     for name, epochs in (("pr518", 50), ("pr562", 22)):
         h, windows = load(name), t.plan_windows(0, N, WINDOW, WINDOW)
         steps = math.ceil(len(windows) / h.ttt_batch_seqs)
@@ -408,7 +407,7 @@ def test_the_three_names_that_pr_549_never_read_change_the_training_here(
 
 
 def test_settings_that_are_given_after_a_file_win_and_are_in_the_log(
-    make_run: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """PR 549's command over 977's settings reverts its learning rate, which nobody saw: here the log has it."""
     for name, value in {**fidelity.read_settings("pr977"), "MATRIX_LR": parse(COMMAND_549)["MATRIX_LR"]}.items():
@@ -416,8 +415,29 @@ def test_settings_that_are_given_after_a_file_win_and_are_in_the_log(
     h = t.Hyperparameters()
     assert (h.matrix_lr, h.ttt_lr, h.bigram_vocab_size) == (0.025, 0.002, 1536)
     run = make_run(**{name: getattr(h, name) for name in ("matrix_lr", "ttt_lr")})
+    run.rt.run_dir = tmp_path
     t.banner(run)
     assert "MATRIX_LR=0.025 (0.027)" in capsys.readouterr().out
+    t.report(run, t.Score(1.9, 1.12, 200, 400, 1.0), {"bytes_model": 1, "eval_seconds": 1.0})
+    assert json.loads((tmp_path / "submission.json").read_text())["settings"]["matrix_lr"] == 0.025
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is missing")
+def test_make_train_reads_the_files_in_turn_and_the_callers_settings_win(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$1" in -c) echo 3;; *) echo "$@"; env;; esac\n')
+    python.chmod(0o755)
+    command = ["make", "-s", "-o", "setup", "train", "CONFIG=pr562 toy", f"BIN={tmp_path}", "SWA_EVERY=7"]
+    environment = {"PATH": os.environ["PATH"], "SEED": "5", "TTT_LR_GROUPS": "mlp.fc:0.25,a b:1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=True)
+    assert "-m torch.distributed.run --standalone --nproc_per_node=3 train_gpt.py" in done.stdout
+    seen = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    expected = {"NUM_LAYERS": "6", "GATED_ATTENTION": "1", "FP16_KEEP_NAME_PATTERNS": "tok_emb,blocks.4.attn.c_k"}
+    expected |= {"SEED": "5", "SWA_EVERY": "7", "TTT_LR_GROUPS": "mlp.fc:0.25,a b:1"}
+    assert {name: seen[name] for name in expected} == expected
+    for wrong in ("pr563", "", "pr562 to"):
+        done = subprocess.run([*command[:5], f"CONFIG={wrong}"], cwd=ROOT, text=True, capture_output=True, check=False)
+        assert done.returncode and "make train needs CONFIG, of: bench demo pr1092 pr518" in done.stdout + done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------- they really run
@@ -557,7 +577,7 @@ def test_the_map_of_mechanisms_leads_to_names_that_exist() -> None:
         ("value residual", lambda h: h.value_residual, "562"),
         ("gated attention", lambda h: h.gated_attention, "562"),
         ("EMA", lambda h: h.ema_enabled, "518, 977, 1092"),
-        ("SWA", lambda h: h.swa_enabled, "562"),
+        ('SWA ("Tight SWA" of 977 and 1092 was collected and not used)', lambda h: h.swa_enabled, "562"),
         ("late QAT", lambda h: h.late_qat, "off: it never acted"),
         ("scale floor, fitting to the limit", lambda h: h.floor, "518, 977, 1092"),
         ("magnitude pruning", lambda h: h.prune_frac, "562"),
@@ -580,7 +600,8 @@ def test_nothing_is_defined_that_is_not_used() -> None:
     defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     for statement in tree.body:
         if isinstance(statement, ast.Assign):
-            defined |= {part.id for part in ast.walk(statement) if isinstance(getattr(part, "ctx", None), ast.Store)}
+            parts = [part for target in statement.targets for part in ast.walk(target)]
+            defined |= {part.id for part in parts if isinstance(part, ast.Name)}
     for name in sorted(defined):
         if name in outside or (name.startswith("__") and name.endswith("__")):
             continue
