@@ -27,7 +27,9 @@ demo: setup ## train, export, score and adapt a small model on this machine: abo
 
 train: setup ## train one of the systems in records/env/ on all GPUs here: make train CONFIG=pr1092, or CONFIG="pr1092 toy"
 	@test -n "$(CONFIG)" && ls $(CONFIG:%=records/env/%.env) > /dev/null || { echo "make train needs CONFIG, of: $$(cd records/env && ls *.env | sed 's/.env//' | xargs)"; exit 2; }
-	given=$$(export -p); set -a; for name in $(CONFIG); do source records/env/$$name.env || exit; done; eval "$$given"; \
+	given=$$(export -p); set -a; for name in $(CONFIG); do source records/env/$$name.env || exit; done; \
+	set +a; theirs=$$(env | sort); eval "$$given"; \
+	comm -13 <(echo "$$theirs") <(env | sort) | grep -v '^_=' | sed 's/^/set by you, so the file does not count: /'; \
 	n=$$($(BIN)/python -c 'import torch; print(max(1, torch.cuda.device_count()))') && \
 	$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$$n train_gpt.py
 

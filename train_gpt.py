@@ -646,7 +646,7 @@ def begins_document(ids: Tensor) -> Tensor:
 class TokenTable(nn.Module):
     """A table of embeddings for token n-grams of the given orders, projected to `width` and scaled. Order 1 is the
     token itself (value embedding). Orders 2 and 3 are BigramHash and TrigramHash: an n-gram that ends at t has row
-    (36313 id_t XOR 27191 id_{t-1} XOR 51497 id_{t-2}) mod (rows - 1); one that a document's begin cuts, the last."""
+    (36313 id_t XOR 27191 id_{t-1} XOR 51497 id_{t-2}) mod (rows - 1); one that a document's start cuts, the last."""
 
     def __init__(self, rows: int, dim: int, width: int, orders: tuple[int, ...], scale: float):
         super().__init__()
@@ -991,9 +991,8 @@ def fake_quantization(h: Hyperparameters, model: nn.Module, floor: float | None)
 
 
 class Trainer:
-    """The training step and its state: optimizer, averages, fake quantization. A run exports an fp32 average. The EMA's
-    decay is min(EMA_DECAY, (1 + step) / (10 + step)), so that a short run, too, forgets its initialisation, of which
-    the constant 0.997 holds 41% after 300 steps. SWA is the mean of snapshots of it."""
+    """The training step and its state. What is exported is an average, in fp32. The EMA's decay is min(EMA_DECAY, (1 +
+    step) / (10 + step)), so that short runs forget their initialisation (0.997 holds 41% of it after 300 steps)."""
 
     def __init__(self, run: Run):
         self.run, self.parameters = run, list(run.model.parameters())
@@ -1378,6 +1377,7 @@ def eval_val_ttt(run: Run) -> Score:
     window belongs to the chunk of its first target. Nothing is scored twice, or trained on after the last chunk."""
     h, scorer, adapter = run.h, Scorer(run, run.val, run.h.stride), Adapter(run)
     chunks = np.split(scorer.windows, np.flatnonzero(np.diff(scorer.windows[:, 1] // h.ttt_chunk_tokens)) + 1)
+    _ = chunks[1:] or run.rt.log("WARNING: the text is one chunk, nothing is adapted: lower TTT_CHUNK_TOKENS")
     for index, windows in enumerate(chunks):
         scorer.score(windows)
         is_last_chunk = index == len(chunks) - 1

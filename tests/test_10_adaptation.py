@@ -398,3 +398,12 @@ def test_two_processes_adapt_as_one_does_even_with_fewer_sequences_than_processe
         # Sums of gradients in another order, as in the naive loop above.
         assert (both.nan_to_num(0.0).sum(0) - one[0]).abs().max() < 1e-4, settings
         assert abs(first[1] - one[1]) < 1e-4, settings  # the mean of such errors is smaller than the largest
+
+
+@pytest.mark.parametrize(("num_targets", "warned"), [(64, True), (65, False)])
+def test_a_text_of_one_chunk_is_a_warning(
+    make_run: Callable, capsys: pytest.CaptureFixture, num_targets: int, warned: bool
+) -> None:
+    """It is scored as without adaptation, under a name that says otherwise."""
+    t.eval_val_ttt(make_run(num_targets, ttt_chunk_tokens=64))
+    assert ("WARNING: the text is one chunk, nothing is adapted" in capsys.readouterr().out) == warned

@@ -196,8 +196,8 @@ def test_weights_gradients_and_optimizer_states_of_a_run_are_fp32(started: Calla
     dtypes |= {stack.momentum.dtype for stack in optimizer.stacks} | {x.dtype for x in reduced}
     dtypes |= {x.dtype for state in optimizer.adamw.state.values() for x in state.values()}
     assert dtypes == {torch.float32} and len(reduced) > 3
-    trainer = t.Trainer(run._replace(h=run.h))
-    assert {x.dtype for x in trainer.ema} == {torch.float32}
+    trainer = t.Trainer(started(swa_enabled=True))
+    assert trainer.ema and trainer.swa and {x.dtype for x in trainer.ema + trainer.swa} == {torch.float32}
 
 
 def test_training_and_scoring_call_the_compiled_model(started: Callable) -> None:

@@ -578,6 +578,27 @@ def test_training_looks_at_no_loss_but_through_the_lag(make_run: Callable, monke
     assert len(followed) == 5
 
 
+def test_a_step_reads_no_number_from_the_device(make_run: Callable) -> None:
+    """Each `.item()` in it would make the host wait for all that it has given the device to do."""
+
+    class Reads(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+            self.number += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return func(*args, **(kwargs or {}))
+
+    run = make_run(swa_enabled=True, swa_every=1, late_qat=True, late_qat_threshold=0.5, quant_floor="1.0")
+    trainer = t.Trainer(run)
+    for step, scale in enumerate((1.0, 0.3)):
+        with Reads() as mode:
+            loss = trainer.step(step, scale, random_batch(run))
+        assert mode.number == 0 and isinstance(loss, torch.Tensor)
+        with mode:
+            loss.item()
+        assert mode.number == 1  # and it would have been seen
+
+
 def test_fake_quantization_acts_in_compiled_training_as_in_eager(make_run: Callable) -> None:
     """Published: a flag inside of the graph, which the compiler folded away. Here the graph of the first step, made
     without fake quantization, is that of the steps with it."""

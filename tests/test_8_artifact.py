@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zstandard
 from conftest import wake
 
 import train_gpt as t
@@ -184,6 +185,20 @@ def test_pruning_says_how_many_codes_it_changed(
             changed, count = changed + int((np.round(smallest / step) != 0).sum()), count + w.numel()
     t.export(run)
     assert f"pruned: changed {changed:,} of {count:,} codes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lzma"])
+def test_the_compressors_work_at_their_strongest_levels(tiny: Callable, codec: str) -> None:
+    h, model = make_model(tiny)
+    tensors = list(t.quantize_weights(h, named(model), 0.1, 0.0))
+    payload = t.encode(h, tensors, 0.1, "none")[t.PREFIX.size :]
+    if codec == "zstd":
+        expected = zstandard.ZstdCompressor(level=22).compress(payload)
+    else:
+        filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+        expected = lzma.compress(payload, format=lzma.FORMAT_RAW, filters=filters)
+    assert t.encode(h, tensors, 0.1, codec)[t.PREFIX.size :] == expected
+    assert len(expected) < 0.9 * len(payload)
 
 
 def test_only_rank_0_quantizes_and_compresses(
