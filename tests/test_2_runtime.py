@@ -235,7 +235,7 @@ def test_collectives_of_two_processes_sum_scatter_gather_and_agree(two_ranks: Si
 
 
 def test_no_thread_of_the_process_group_outlives_it(two_ranks: SimpleNamespace) -> None:
-    """One that does may need the interpreter while that is torn down: 2 of 13 runs ended in SIGABRT, all work done."""
+    """One that does may need the interpreter while that is torn down: 2 of some 40 runs, all work done, aborted."""
     for result in two_ranks.results:
         if result["threads_left"] is None:
             pytest.skip("this system does not list the threads of a process")
