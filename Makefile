@@ -26,7 +26,7 @@ demo: setup ## train, export, score and adapt a small model on this machine: abo
 	$(BIN)/python data/demo.py check logs/demo
 
 train: setup ## train one of the systems in records/env/ on all GPUs here: make train CONFIG=pr1092, or CONFIG="pr1092 toy"
-	@test -n "$(CONFIG)" && ls $(CONFIG:%=records/env/%.env) > /dev/null || { echo "make train needs CONFIG, of: $$(cd records/env && ls *.env | sed 's/.env//' | xargs)"; exit 2; }
+	@test -n "$(CONFIG)" && ls $(CONFIG:%=records/env/%.env) > /dev/null 2>&1 || { echo "make train needs CONFIG, of: $$(cd records/env && ls *.env | sed 's/.env//' | xargs)"; exit 2; }
 	given=$$(export -p); set -a; for name in $(CONFIG); do source records/env/$$name.env || exit; done; \
 	set +a; theirs=$$(env | sort); eval "$$given"; \
 	comm -13 <(echo "$$theirs") <(env | sort) | grep -v '^_=' | sed 's/^/set by you, so the file does not count: /'; \

@@ -440,10 +440,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 # ===================================================== 3  DATA ========================================================
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-BOS = 1  # the token that begins every document in the shards
-DATA_HELP = """run `python3 data/cached_challenge_fineweb.py --variant sp1024` in the challenge's repository; or
-    `python data/demo.py` here, for DATA_PATH=./data/datasets/demo_sp1024 and the tokenizer demo_1024_bpe.model"""
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES, BOS = 20240520, 1, 1024, 1  # BOS: the first token of every document
+DATA_HELP = """run `data/cached_challenge_fineweb.py --variant sp1024` of the challenge, or `python data/demo.py` with
+    DATA_PATH=./data/datasets/demo_sp1024 TOKENIZER_PATH=./data/tokenizers/demo_1024_bpe.model afterwards"""
 
 
 def find_path(path: str | Path, variable: str) -> Path:
@@ -1051,7 +1050,7 @@ def preflight(run: Run) -> None:
         trainer.apply_average()
     weights = dict(run.model.named_parameters())
     if not h.eval_only and rt.rank == 0:
-        decode(encode(h, quantize_weights(h, weights, 1.0, 0.0), 1.0, h.compressor), "the preflight's artifact")
+        decode(encode(h, quantize_weights(h, weights, 1.0, h.prune_frac), 1.0, h.compressor), "the preflight's file")
     chunk = h.ttt_chunk_tokens if h.ttt_mode == "score_first" else h.ttt_batch_seqs * h.window
     num_targets = max(chunk, h.eval_batch_seqs * h.window * rt.world_size)
     tokens = torch.randint(h.vocab_size, (num_targets + 1,), dtype=torch.int32)
@@ -1377,7 +1376,8 @@ def eval_val_ttt(run: Run) -> Score:
     window belongs to the chunk of its first target. Nothing is scored twice, or trained on after the last chunk."""
     h, scorer, adapter = run.h, Scorer(run, run.val, run.h.stride), Adapter(run)
     chunks = np.split(scorer.windows, np.flatnonzero(np.diff(scorer.windows[:, 1] // h.ttt_chunk_tokens)) + 1)
-    _ = chunks[1:] or run.rt.log("WARNING: the text is one chunk, nothing is adapted: lower TTT_CHUNK_TOKENS")
+    if len(chunks) == 1:
+        run.rt.log("WARNING: the text is one chunk, so nothing is adapted: lower TTT_CHUNK_TOKENS")
     for index, windows in enumerate(chunks):
         scorer.score(windows)
         is_last_chunk = index == len(chunks) - 1

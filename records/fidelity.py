@@ -35,9 +35,8 @@ PUBLISHED = {
     "pr1092": (1337, 2.2815, 3.1762),
 }
 MARGIN = 0.02
-TOKENS_SHA256 = (
-    "4d99a40d6a4954ab160492c742416d913f209df8f8e744946a3a00784637f221"  # of the tokens that are trained on and scored
-)
+# Of the tokens that are trained on and scored.
+TOKENS_SHA256 = "4d99a40d6a4954ab160492c742416d913f209df8f8e744946a3a00784637f221"
 
 
 def read_settings(*names: str) -> dict[str, str]:
@@ -79,6 +78,10 @@ def main(names: list[str]) -> int:
             raise SystemExit(f"fidelity.py: error: {name} is no system, use some of: {' '.join(PUBLISHED)}")
     data_path = os.environ.get("DATA_PATH", str(BESIDE / "bench_web"))
     tokenizer_path = os.environ.get("TOKENIZER_PATH", str(BESIDE / "fineweb_1024_bpe.model"))
+    if not list(Path(data_path).glob("*_train_*.bin")):
+        print(f"fidelity.py: error: no shards in {data_path}: set DATA_PATH and TOKENIZER_PATH to the tokens that")
+        print("records/README.md names under Fidelity")
+        return 2
     size = read_settings("bench")
     num_train = int(size["ITERATIONS"]) * int(size["TRAIN_BATCH_TOKENS"]) + 1
     found = fingerprint(Path(data_path), num_train, int(size["MAX_VAL_TOKENS"]) + 1)

@@ -406,4 +406,4 @@ def test_a_text_of_one_chunk_is_a_warning(
 ) -> None:
     """It is scored as without adaptation, under a name that says otherwise."""
     t.eval_val_ttt(make_run(num_targets, ttt_chunk_tokens=64))
-    assert ("WARNING: the text is one chunk, nothing is adapted" in capsys.readouterr().out) == warned
+    assert ("WARNING: the text is one chunk, so nothing is adapted" in capsys.readouterr().out) == warned

@@ -491,6 +491,13 @@ def test_the_preflight_meets_what_would_fail_at_the_end(
         t.preflight(make_run(**EVERYTHING))
 
 
+def test_the_preflight_prunes_as_the_export_will(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, quantize = [], t.quantize_weights
+    monkeypatch.setattr(t, "quantize_weights", lambda *arguments: (parts.append(arguments[3]), quantize(*arguments))[1])
+    t.preflight(make_run(prune_frac=0.3))
+    assert parts == [0.3]
+
+
 @pytest.mark.parametrize("setting", ["eval_only", "export_only"])
 def test_the_preflight_trains_nothing_where_nothing_will_be_trained(
     make_run: Callable, monkeypatch: pytest.MonkeyPatch, setting: str

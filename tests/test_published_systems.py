@@ -628,6 +628,8 @@ def test_the_comparison_refuses_other_tokens_than_those_of_the_published_runs(
     monkeypatch.setenv("DATA_PATH", str(corpus.data_path))
     assert fidelity.main(["pr518"]) == 2
     assert "a comparison would mean nothing" in capsys.readouterr().out
+    monkeypatch.setenv("DATA_PATH", "nowhere")
+    assert fidelity.main(["pr518"]) == 2 and "no shards in nowhere" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="pr519 is no system"):
         fidelity.main(["pr519"])
 
