@@ -214,7 +214,9 @@ def test_each_document_starts_with_bos_and_has_no_other_special_token(built: Pat
     validation = read_documents(built / VALIDATION_SHARD)
     assert (len(train), len(validation)) == (len(corpus.train), len(corpus.validation))
     assert min(min(document) for document in train + validation) >= 4
-    assert all(read_shard(built / name)[0][2] > 300_000 for name in TRAIN_SHARDS), "shards of very unequal size"
+    # Their number depends on the documentation that this Python carries: 662,000 on Debian's 3.11, 759,000 elsewhere.
+    sizes = [int(read_shard(built / name)[0][2]) for name in TRAIN_SHARDS]
+    assert min(sizes) > 0.4 * sum(sizes) > 200_000, f"shards of very unequal size: {sizes}"
 
 
 def test_the_manifest_tells_what_is_on_disk(built: Path, corpus: Any, processor: Any) -> None:

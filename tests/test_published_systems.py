@@ -636,8 +636,9 @@ def test_the_comparison_refuses_other_tokens_than_those_of_the_published_runs(
 
 @pytest.mark.parametrize(("own", "status"), [(2.2999, 0), (2.3002, 1), (2.0, 0)])
 def test_the_comparison_fails_where_a_system_is_over_the_margin_worse(
-    own: float, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    own: float, status: int, corpus: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    monkeypatch.setenv("DATA_PATH", str(corpus.data_path))
     monkeypatch.setattr(fidelity, "fingerprint", lambda *args: fidelity.TOKENS_SHA256)
     monkeypatch.setattr(fidelity, "train", lambda *args: (own, own - 0.01))
     assert fidelity.main(["pr518"]) == status
