@@ -118,12 +118,12 @@ def bad(tmp_path: Path, corpus: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 TOKENS = [BOS, *range(300, 700)]
 GOOD = shard_bytes(TOKENS)
 SPOILED_SHARDS = {
-    "wrong magic": (shard_bytes(TOKENS, magic=MAGIC + 1), r"begins with \[20240521, 1\], not \[20240520, 1\]"),
-    "wrong version": (shard_bytes(TOKENS, version=2), r"begins with \[20240520, 2\], not \[20240520, 1\]"),
+    "wrong magic": (shard_bytes(TOKENS, magic=MAGIC + 1), r"no token shard.*begins with \[20240521, 1\]"),
+    "wrong version": (shard_bytes(TOKENS, version=2), r"no token shard.*begins with \[20240520, 2\]"),
     "no shard at all": (b"\x28\xb5\x2f\xfd" * 300, r"no token shard"),
-    "text": (b"not a shard\n", r"no token shard.*\(12 bytes\)"),
-    "empty file": (b"", r"no token shard.*\(0 bytes\)"),
-    "half a header": (GOOD[:512], r"no token shard.*\(512 bytes\)"),
+    "text": (b"not a shard\n", r"no token shard.*\(12 bytes,"),
+    "empty file": (b"", r"no token shard.*\(0 bytes,"),
+    "half a header": (GOOD[:512], r"no token shard.*\(512 bytes,"),
     "only a header": (GOOD[:1024], r"truncated: 1024 bytes, but its header declares 1826"),
     "a token less": (GOOD[:-2], r"truncated: 1824 bytes, but its header declares 1826"),
     "a byte less": (GOOD[:-1], r"truncated: 1825 bytes, but its header declares 1826"),
@@ -342,7 +342,7 @@ def test_the_default_batch_is_one_pass_on_each_of_8_gpus_and_eight_on_one(
 
 
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused(tiny: Callable) -> None:
-    message = r"TRAIN_BATCH_TOKENS=256 does not divide over 3 processes: .*TRAIN_SEQ_LEN = 96"
+    message = r"TRAIN_BATCH_TOKENS=256 is no multiple of 3 x 32 tokens"
     with pytest.raises(t.UserError, match=message):
         t.batch_plan(tiny(), 3)
 

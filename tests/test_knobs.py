@@ -69,6 +69,8 @@ TURNS: dict[str, tuple] = {
     "max_val_tokens": (0, 64, "text"),
     "eval_only": ("", "old.bin", "main text preflight banner"),
     "export_only": ("", "old.bin", "main text preflight banner"),
+    "audit": (False, True, "main"),
+    "smoke": (False, True, "main"),
     "iterations": (24, 20, "schedule loop banner"),
     "max_wallclock_seconds": (600.0, 12.0, "schedule loop banner"),
     "warmdown_frac": (0.5, 0.25, "schedule banner"),
@@ -117,9 +119,9 @@ TURNS: dict[str, tuple] = {
     "beta2": (0.95, 0.9, f"{TABLES} {REST}"),
     "adam_eps": (1e-8, 1e-3, f"{TABLES} {REST}"),
     "grad_clip_norm": (0.3, 0.0, f"{MATRICES} {TABLES} {REST}"),
-    "ema_enabled": (True, False, "averages banner"),
+    "ema_enabled": (True, False, "averages"),
     "ema_decay": (0.997, 0.9, "averages"),
-    "swa_enabled": (True, False, "averages banner"),
+    "swa_enabled": (True, False, "averages"),
     "swa_every": (2, 3, "averages"),
     "swa_start_frac": (0.4, 0.7, "averages"),
     "late_qat": (True, False, QAT),
@@ -246,17 +248,21 @@ def stage_main(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any
     def fake(name: str, result: Callable) -> None:
         patch.setattr(t, name, lambda *args: (calls.append(name), result(*args))[1])
 
-    run_of = functools.partial(SimpleNamespace, model=torch.nn.Linear(1, 1))
-    fake("build_run", lambda h, rt: (runs.append(rt), run_of(h=h, rt=rt))[1])
-    fake("load_artifact", lambda path: (calls.append(Path(path).name), (h, torch.nn.Linear(1, 1)))[1])
-    fake("evaluate", lambda run: (SCORE, 1.0))
-    for name in ("banner", "preflight", "train", "export", "report"):
+    run = t.Run(h, None, None, None, None, ["shards"], None)
+    fake("build_run", lambda h, rt, decoded: (runs.append(rt), run._replace(h=h, rt=rt))[1])
+    fake("load_artifact", lambda path: (calls.append(Path(path).name), (h, None))[1])
+    fake("evaluate", lambda run: (calls.append(run.train_shards), (SCORE, 1.0))[1])
+    fake("reload", lambda run, path: (calls.append(path.name), {})[1])
+    for name in ("banner", "preflight", "train", "export", "report", "smoke"):
         fake(name, lambda *args: {})
+    patch.setitem(sys.modules, "audit", SimpleNamespace(watch=lambda script: calls.append(("watch", script))))
+    patch.setattr(sys, "path", list(sys.path))
     patch.setattr(t, "Hyperparameters", lambda: h)
-    patch.setattr(t, "time", SimpleNamespace(time=lambda: 1e9))
+    patch.setattr(t, "time", SimpleNamespace(time=lambda: 1e9, perf_counter=lambda: 0.0))
     shutil.rmtree("logs", ignore_errors=True)
+    os.mkdir("logs")
     t.main()
-    for file in runs[0].files:
+    for file in [file for rt in runs for file in rt.files]:
         file.close()
     return {"main": (calls, os.listdir("logs"))}
 
@@ -405,7 +411,8 @@ def stage_report(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, A
     run = make_run(h)
     t.banner(run)
     banner = [line for line in run.rt.lines if not line.startswith("settings")]
-    t.report(run, SCORE, {"bytes_model": 1000, "train_seconds": 10.0, "eval_seconds": 2.0})
+    times = {name: 2.0 for name in ("train_seconds", "eval_seconds", "load_seconds", "preflight_seconds")}
+    t.report(run, SCORE, {"bytes_model": 1000, **times})
     record = json.loads(Path("submission.json").read_text())
     return {"settings": record.pop("settings"), "banner": banner, "report": (run.rt.lines[-2:], record)}
 
