@@ -1,0 +1,344 @@
+"""Packaging: what comes out of real runs is complete, counted rightly and runs; what breaks a rule stays inside."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+import train_gpt as t
+
+sys.path.insert(0, str(ROOT / "records"))
+submit = pytest.importorskip(
+    "submit", reason="the tools' packages are missing: pip install -r records/requirements.txt"
+)
+import check  # noqa: E402
+
+SETTINGS = {
+    "DEVICE": "cpu", "NUM_LAYERS": 2, "MODEL_DIM": 64, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 64,
+    "TRAIN_BATCH_TOKENS": 512, "ITERATIONS": 4, "MAX_VAL_TOKENS": 1024, "TTT_CHUNK_TOKENS": 256, "AUDIT": 1,
+}  # fmt: skip
+SOURCE = (ROOT / "train_gpt.py").read_bytes()
+H100 = "device:cuda (NVIDIA H100 80GB HBM3) processes:8 dtype:bfloat16 compile:1 attention:fa3 (found) torch:2.13.0"
+
+
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory: pytest.TempPathFactory, corpus: SimpleNamespace) -> Path:
+    """A real, tiny, audited run, of which the tests make others."""
+    folder = tmp_path_factory.mktemp("audited")
+    environment = {n: v for n, v in os.environ.items() if n.lower() not in t.Hyperparameters.knobs()}
+    environment |= {"DATA_PATH": str(corpus.data_path), "TOKENIZER_PATH": str(corpus.tokenizer_path), "RUN_ID": "a"}
+    environment |= {name: str(value) for name, value in SETTINGS.items()}
+    command = [sys.executable, str(ROOT / "train_gpt.py")]
+    done = subprocess.run(command, env=environment, cwd=folder, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "logs/a"
+
+
+@pytest.fixture
+def make(audited: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Makes a run like the real one, of another seed and score; `change` edits its result and its compliance. On
+    `h100` its figures are those of a run on the challenge's hardware and text."""
+
+    def run(seed: int, change: Callable | None = None, h100: bool = False, script: bytes = SOURCE) -> Path:
+        folder = tmp_path / f"logs/s{seed}"
+        shutil.copytree(audited, folder)
+        result, compliance = (json.loads((folder / f"{n}.json").read_text()) for n in ("submission", "compliance"))
+        result["seed"] = result["settings"]["seed"] = compliance["seed"] = seed
+        log = (folder / "train.log").read_text()
+        if h100:
+            # 151,060,000 bytes in 62,021,632 targets, as the challenge's text has them.
+            loss = 1.9 + seed / 1000
+            bpb = loss * 62_021_632 / 0.6931471805599453 / 151_060_000
+            result |= {"val_loss": loss, "val_bpb": bpb, "num_targets": 62_021_632, "num_bytes": 151_060_000}
+            result |= {"machine": H100, "rule_breaks": {}, "compliant": True}
+            final = f"final_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f} kind:{result['kind']} targets:62021632 "
+            final += f"bytes:151060000 eval_time:2000ms total_bytes:{result['bytes_total']} compliant:1"
+            log = re.sub(r"^validation: .*$", "validation: 1 shards, 62,021,632 targets", log, flags=re.M)
+            log = re.sub(r"^device:.*$", H100, re.sub(r"^final_exact.*$", final, log, flags=re.M), flags=re.M)
+        if change:
+            change(result, compliance)
+        for content in (result, compliance):
+            content["code_sha256"] = hashlib.sha256(script).hexdigest()
+        (folder / "train_gpt.py").write_bytes(script)
+        (folder / "train.log").write_text(log)
+        (folder / "submission.json").write_text(json.dumps(result))
+        (folder / "compliance.json").write_text(json.dumps(compliance))
+        return folder
+
+    return run
+
+
+def package(tmp_path: Path, *runs: Path, **options: Any) -> Path:
+    """Returns the folder that the command writes."""
+    given = {"name": "A test", "github-id": "somebody", "date": "2026-04-01", "out": tmp_path / "records"} | options
+    flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    submit.main([*map(str, runs), *flags])
+    (folder,) = (tmp_path / "records").glob("*/*")
+    return folder
+
+
+def refused(tmp_path: Path, *runs: Path, **options: Any) -> str:
+    """Returns why the command wrote nothing."""
+    with pytest.raises(SystemExit) as caught:
+        package(tmp_path, *runs, **options)
+    assert str(caught.value).startswith("submit.py: error: ")
+    assert not [path for path in (tmp_path / "records").rglob("*") if path.is_file()]
+    return str(caught.value)
+
+
+# ---- packing ----
+
+
+def load(path: Path) -> ModuleType:
+    """Loads a script as review tools do."""
+    spec = importlib.util.spec_from_file_location("train_module", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_packed_script_holds_its_source_byte_for_byte_and_parses_on_every_python(tmp_path: Path) -> None:
+    packed = submit.pack(SOURCE)
+    assert submit.unpack(packed) == SOURCE and len(packed) < 0.4 * len(SOURCE)
+    assert submit.unpack(SOURCE) is None
+    for text in (packed, SOURCE):
+        ast.parse(text, feature_version=(3, 10))
+        assert check.newer_fstring(text.decode()) == 0
+    for version in ("3.10", "3.11", "3.12", "3.13"):
+        if interpreter := shutil.which(f"python{version}"):
+            (tmp_path / "packed.py").write_bytes(packed)
+            command = "import ast, sys; ast.parse(open(sys.argv[1]).read()); ast.parse(open(sys.argv[2]).read())"
+            files = [str(tmp_path / "packed.py"), str(ROOT / "train_gpt.py")]
+            done = subprocess.run([interpreter, "-c", command, *files], capture_output=True, text=True, check=False)
+            assert done.returncode == 0 or "pyenv" in done.stderr, done.stderr
+
+
+def test_a_packed_script_loads_as_the_readable_one_does_and_counts_its_own_bytes(tmp_path: Path) -> None:
+    (tmp_path / "train_gpt.py").write_bytes(submit.pack(SOURCE))
+    packed, readable = load(tmp_path / "train_gpt.py"), load(ROOT / "train_gpt.py")
+    assert packed.CODE == tmp_path / "train_gpt.py"
+    assert {n for n in vars(packed) if n[0] != "_"} == {n for n in vars(readable) if n[0] != "_"} | {"base64"}
+    assert packed.Hyperparameters().values() == readable.Hyperparameters().values()
+
+
+def test_a_damaged_packed_script_is_refused() -> None:
+    packed = submit.pack(SOURCE)
+    middle = len(packed) // 2
+    with pytest.raises(submit.Refusal, match="damaged"):
+        submit.unpack(packed[:middle] + b"0000" + packed[middle + 4 :])
+    assert submit.unpack(packed + b"print('more')\n") is None  # not one of ours: it would do more than it holds
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_packaged_script_runs_inside_its_folder_and_elsewhere_with_the_same_result(
+    make: Callable, audited: Path, tmp_path: Path, corpus: SimpleNamespace, inside: bool
+) -> None:
+    folder = package(tmp_path, make(1))
+    cwd = folder if inside else tmp_path
+    environment = {n: v for n, v in os.environ.items() if n.lower() not in t.Hyperparameters.knobs()}
+    environment |= {"DATA_PATH": str(corpus.data_path), "TOKENIZER_PATH": str(corpus.tokenizer_path), "RUN_ID": "p"}
+    environment |= {name: str(value) for name, value in SETTINGS.items() if name != "AUDIT"}
+    command = [sys.executable, str(folder / "train_gpt.py")]
+    done = subprocess.run(command, env=environment, cwd=cwd, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    events = [
+        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (audited, cwd / "logs/p")
+    ]
+    losses = [[event["train_loss"] for event in part if event["event"] == "train"] for part in events]
+    scores = [[event["val_bpb"] for event in part if event["event"] in ("eval", "final")] for part in events]
+    assert losses[0] == losses[1] and scores[0] == scores[1] and len(scores[0]) >= 5
+    assert events[1][-1]["bytes_code"] == (folder / "train_gpt.py").stat().st_size
+
+
+# ---- folders ----
+
+
+def test_three_seeds_become_a_complete_folder_whose_figures_are_those_of_the_runs(
+    make: Callable, tmp_path: Path
+) -> None:
+    runs = [make(seed, h100=True) for seed in (3, 1, 2)]
+    folder = package(tmp_path, *runs, blurb="What is new.")
+    assert folder.relative_to(tmp_path / "records") == Path("track_10min_16mb/2026-04-01_A_test")
+    names = {"README.md", "submission.json", "requirements.txt", "train_gpt.py", "train_gpt_readable.py"}
+    names |= {f"train_seed{seed}.log" for seed in (1, 2, 3)} | {f"compliance_seed{seed}.json" for seed in (1, 2, 3)}
+    assert {path.name for path in folder.iterdir()} == names
+    content, results = json.loads((folder / "submission.json").read_text()), {}
+    for run in runs:
+        result = json.loads((run / "submission.json").read_text())
+        results[result["seed"]] = result
+        assert (folder / f"train_seed{result['seed']}.log").read_bytes() == (run / "train.log").read_bytes()
+    scores = [results[seed]["val_bpb"] for seed in (1, 2, 3)]
+    assert content["val_bpb"] == statistics.fmean(scores) and content["val_bpb_std"] == statistics.stdev(scores)
+    assert content["track"] == "10min_16mb" and content["seeds"] == [1, 2, 3] and "why_no_record" not in content
+    code = (folder / "train_gpt.py").stat().st_size
+    totals = [code + results[seed]["bytes_model"] for seed in (1, 2, 3)]
+    assert content["bytes_code"] == code and content["bytes_total"] == max(totals)
+    assert [content["seed_results"][str(seed)]["artifact_bytes"] for seed in (1, 2, 3)] == totals
+    assert all(content["compliance"].values()) and content["hardware"] == "8xH100 80GB SXM"
+    assert submit.unpack((folder / "train_gpt.py").read_bytes()) == SOURCE
+    assert (folder / "train_gpt_readable.py").read_bytes() == SOURCE
+    text = (folder / "README.md").read_text()
+    assert f"**val_bpb: {content['val_bpb']:.6f}**" in text and "not a record" not in text and "What is new." in text
+    assert all(f"| {seed} | 4 | " in text and f"{results[seed]['val_bpb']:.6f}" in text for seed in (1, 2, 3))
+    assert str(tmp_path) not in "".join(path.read_text() for path in folder.glob("[Rsc]*.[mj]*")).replace(
+        str(results[1]["settings"]["data_path"]), ""
+    ).replace(str(results[1]["settings"]["tokenizer_path"]), "")
+    _, findings = check.audit(folder)
+    assert [f for f in findings if f.severity != "note"] == []
+
+
+def test_a_run_on_another_machine_and_text_becomes_a_folder_that_says_so(make: Callable, tmp_path: Path) -> None:
+    folder = package(tmp_path, make(1))
+    content, text = json.loads((folder / "submission.json").read_text()), (folder / "README.md").read_text()
+    assert folder.parent.name == "track_non_record_16mb" and content["track"] == "non_record_16mb"
+    reasons = content["why_no_record"]
+    assert len(reasons) == 3 and "not the challenge's validation set" in reasons[0]
+    assert "not on 8 H100s" in reasons[1] and reasons[2] == "1 of at least 3 seeds"
+    assert "**This is not a record:** " + "; ".join(reasons) in text
+    assert content["val_bpb_std"] is None and content["compliance"]["three_seeds"] is False
+
+
+def test_a_comparison_has_both_tests_as_significance_computes_them(make: Callable, tmp_path: Path) -> None:
+    baseline = tmp_path / "baseline"
+    baseline.mkdir()
+    scores = {str(seed): {"val_bpb": 1.2 + seed / 5000, "val_loss": 2.026 + seed / 3000} for seed in (1, 2, 3)}
+    (baseline / "submission.json").write_text(json.dumps({"seed_results": scores}))
+    runs = [make(seed, h100=True) for seed in (1, 2, 3)]
+    folder = package(tmp_path, *runs, against=baseline)
+    content, text = json.loads((folder / "submission.json").read_text()), (folder / "README.md").read_text()
+    own = [content["seed_results"][str(seed)]["val_bpb"] for seed in (1, 2, 3)]
+    plain = submit.significance.welch(own, [entry["val_bpb"] for entry in scores.values()])
+    assert (content["t_statistic"], content["welch_df"], content["p_value"]) == plain[:3]
+    assert content["p_value"] < content["p_value_with_margin"] and f"p = {plain.p:.4g}" in text
+    assert content["delta_bpb"] == pytest.approx(statistics.fmean(own) - 1.2004)
+
+
+# ---- refusals ----
+
+
+def edit(path: str, value: Any) -> Callable:
+    """A change of a run's result (r…) or compliance (c…)."""
+    which, *keys = path.split("/")
+
+    def change(result: dict, compliance: dict) -> None:
+        place = {"r": result, "c": compliance}[which]
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (edit("r/kind", "ttt_pre"), "trains on validation tokens before they are scored"),
+        (edit("r/rule_breaks", {"order": "TTT_MODE=pre"}), "trains on validation tokens before they are scored"),
+        (
+            edit("r/bytes_model", 15_990_000),
+            r"code \+ model are 16,0\d\d,\d\d\d bytes, over 16,000,000: raise QUANT_FLOOR",
+        ),
+        (edit("c/passed", False), r"the audit failed"),
+        (edit("c/proofs/once_only/passed", False), r"the audit failed \(once_only\)"),
+        (edit("c/proofs/once_only/passed", "yes"), r"the audit failed \(once_only\)"),
+        (edit("r/settings/eval_only", "some.bin"), "did not train"),
+        (edit("r/settings/matrix_lr", 0.5), "MATRIX_LR=0.5, 0.027 in .*s1: make them equal"),
+        (edit("r/artifact_sha256", "0" * 64), "final_model.bin is not the file that was scored"),
+        (edit("c/artifact_sha256", "0" * 64), "compliance.json is of another final_model.bin"),
+        (edit("r/val_bpb", "low"), "holds no report that can be read"),
+        (edit("r/val_bpb", float("nan")), "holds no report that can be read"),
+        (edit("r/settings", []), "holds no report that can be read"),
+    ],
+)
+def test_what_breaks_a_rule_or_does_not_fit_together_is_refused_with_the_reason(
+    make: Callable, tmp_path: Path, change: Callable, reason: str
+) -> None:
+    runs = [make(1, h100=True), make(2, change, h100=True), make(3, h100=True)]
+    assert re.search(reason, refused(tmp_path, *runs)), refused(tmp_path, *runs)
+
+
+def test_runs_of_two_scripts_or_a_seed_twice_are_refused(make: Callable, tmp_path: Path) -> None:
+    other = make(2, script=SOURCE + b"# another\n")
+    assert "is of another script" in refused(tmp_path, make(1), other)
+    shutil.copytree(tmp_path / "logs/s1", tmp_path / "logs/again")
+    assert "the seed 1 is there twice" in refused(tmp_path, tmp_path / "logs/s1", tmp_path / "logs/again")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("compliance.json", r"was not audited: run `python records/audit\.py .*s1`"),
+        ("final_model.bin", "is missing|not the file"),
+        ("train.log", "train.log is missing: give the folder of a finished training run"),
+    ],
+)
+def test_an_incomplete_run_is_refused(make: Callable, tmp_path: Path, name: str, reason: str) -> None:
+    run = make(1)
+    (run / name).unlink()
+    assert re.search(reason, refused(tmp_path, run))
+
+
+def test_a_changed_script_or_artifact_is_refused(make: Callable, tmp_path: Path) -> None:
+    run = make(1)
+    (run / "final_model.bin").write_bytes(b"another")
+    assert "final_model.bin is not the file that was scored (artifact_sha256 differs)" in refused(tmp_path, run)
+
+
+def test_a_record_that_is_none_is_refused_where_a_record_is_asked_for(make: Callable, tmp_path: Path) -> None:
+    message = refused(tmp_path, *(make(seed) for seed in (1, 2, 3)), track="record")
+    assert "this is no record" in message and "not on 8 H100s" in message and "--track non-record" in message
+
+
+def test_a_folder_that_the_checker_rejects_is_not_left_behind(
+    make: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log says another score than the report: the headline would not follow from the logs."""
+    runs = [make(seed, h100=True) for seed in (1, 2, 3)]
+    log = (runs[1] / "train.log").read_text()
+    (runs[1] / "train.log").write_text(re.sub(r"(final_exact val_loss:\S+ val_bpb:)\S+", r"\g<1>1.05000000", log))
+    assert "records/check.py rejects the folder" in refused(tmp_path, *runs)
+
+
+def test_a_folder_is_never_overwritten(make: Callable, tmp_path: Path) -> None:
+    run = make(1)
+    folder = package(tmp_path, run)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(SystemExit, match="exists already: choose another --name"):
+        package(tmp_path, run)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(("option", "value"), [("date", "today"), ("date", "2026-4-1"), ("name", "../..")])
+def test_a_name_or_date_that_makes_no_folder_is_refused(
+    make: Callable, tmp_path: Path, option: str, value: str
+) -> None:
+    assert f"--{option} {value}" in refused(tmp_path, make(1), **{option: value})
+
+
+def test_text_of_the_user_cannot_break_out_of_the_folder_or_the_shell(make: Callable, tmp_path: Path) -> None:
+    def hostile(result: dict, compliance: dict) -> None:
+        result["settings"]["fp16_keep_name_patterns"] = "$(touch pwned); `id`"
+        compliance["proofs"]["network"]["says"] = "<script>alert(1)</script> | x"
+
+    folder = package(tmp_path, make(1, hostile), name="../etc/x y", blurb="b")
+    assert folder.parent.parent == tmp_path / "records" and folder.name == "2026-04-01_etc_x_y"
+    text = (folder / "README.md").read_text()
+    assert "FP16_KEEP_NAME_PATTERNS='$(touch pwned); `id`'" in text
+    (row,) = (line for line in text.splitlines() if line.startswith("| 1 | network |"))
+    assert "alert(1)" in row and "<script>" not in row and row.count("|") == 5
