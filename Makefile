@@ -5,7 +5,7 @@ CONFIG ?=
 SHELL := /bin/bash
 
 help: ## list these commands
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 17
 
 setup: .venv/run ## make .venv with what training needs
 
@@ -15,7 +15,11 @@ setup: .venv/run ## make .venv with what training needs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.venv/test: .venv/run tests/requirements.txt
+.venv/tools: .venv/run records/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r records/requirements.txt
+	@touch $@
+
+.venv/test: .venv/tools tests/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	@touch $@
 
@@ -36,6 +40,24 @@ train: setup ## train one of the systems in records/env/ on all GPUs here: make 
 fidelity: setup ## compare the four systems with the published scripts at a small size: half an hour on 2 cores
 	$(BIN)/python records/fidelity.py
 
+audit: setup ## prove that a finished run kept the rules: make audit RUN=logs/demo
+	@test -n "$(RUN)" || { echo "make audit needs RUN, folders of finished runs: make audit RUN=logs/demo"; exit 2; }
+	$(BIN)/python records/audit.py $(RUN)
+
+report: .venv/tools ## draw runs, one page that needs no network: make report RUN="logs/a logs/b"
+	@test -n "$(RUN)" || { echo "make report needs RUN, folders of runs: make report RUN=logs/demo"; exit 2; }
+	$(BIN)/python records/report.py $(RUN)
+
+DEMO_RUNS := logs/demo-seed1 logs/demo-seed2 logs/demo-seed3
+submission-demo: .venv/tools ## three seeds of the demonstration, audited, packaged, checked and drawn: about 9 minutes on 2 cores
+	$(BIN)/python data/demo.py
+	rm -rf $(DEMO_RUNS) logs/submission-demo
+	set -a && source records/env/$(or $(CONFIG),demo).env && for seed in 1 2 3; do \
+	SEED=$$seed RUN_ID=demo-seed$$seed AUDIT=1 $(BIN)/python train_gpt.py || exit; done
+	$(BIN)/python records/submit.py $(DEMO_RUNS) --name Demonstration --github-id nobody --out logs/submission-demo
+	$(BIN)/python records/check.py logs/submission-demo/track_*/*
+	$(BIN)/python records/report.py $(DEMO_RUNS) --out logs/submission-demo/report
+
 test: .venv/test ## run the tests: no network, no GPU
 	$(BIN)/python -m pytest
 
@@ -46,4 +68,4 @@ lint: .venv/test ## check style and types
 clean: ## remove what these commands made, except logs/
 	rm -rf .venv data/datasets/demo_sp1024 data/tokenizers/demo_1024_bpe.model .pytest_cache .ruff_cache
 
-.PHONY: help setup demo train fidelity test lint clean
+.PHONY: help setup demo train fidelity audit report submission-demo test lint clean
