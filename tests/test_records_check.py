@@ -1,0 +1,983 @@
+"""records/check.py on synthetic folders in the challenge's dialects: every rule both ways, and files of any content."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+import json
+import lzma
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import pytest
+
+CHECK = Path(__file__).resolve().parent.parent / "records" / "check.py"
+spec = importlib.util.spec_from_file_location("records_check", CHECK)
+check = importlib.util.module_from_spec(spec)
+sys.modules["records_check"] = check  # dataclasses look their module up
+spec.loader.exec_module(check)
+
+TOKENS, VAL_BYTES = 40_540_160, 151.05e6  # of sp8192
+MODEL, SEEDS = 15_900_000, (42, 314, 999)
+BPB = {42: 1.08103, 314: 1.08131, 999: 1.08177}
+BOOLEANS = ("train_under_600s", "artifact_under_16mb", "eval_under_600s", "three_seeds")
+SCRIPT = """
+import os
+import torch
+
+class Hyperparameters:
+    seed = int(os.environ.get("SEED", 1337))
+    max_wallclock_seconds = float(os.environ.get("MAX_WALLCLOCK_SECONDS", 600.0))
+    matrix_lr = float(os.environ.get("MATRIX_LR", 0.02))
+
+class GPT(torch.nn.Module):
+    pass
+
+def build_sentencepiece_luts(sp): ...
+def load_validation_tokens(pattern): ...
+def eval_val(model, val_tokens): ...
+def main():
+    torch.cuda.synchronize()
+
+if __name__ == "__main__":
+    main()
+"""
+README = """# A record
+
+**val_bpb: 1.08137** (3-seed mean)
+
+```bash
+pip install brotli
+SEED=42 MATRIX_LR=0.02 NCCL_NET=Socket \\
+torchrun --standalone --nproc_per_node=8 train_gpt.py
+```
+"""
+
+
+def loss_of(bpb: float, tokens: int = TOKENS, num_bytes: float = VAL_BYTES) -> float:
+    """Returns the loss at which tokens and bits per byte give a number of bytes."""
+    return bpb * math.log(2) * num_bytes / tokens
+
+
+def log_text(seed: int, bpb: float | None = None, code: int = len(SCRIPT), extra: str = "", **changed: object) -> str:
+    """Returns a log in the dialect of April; `changed` overrides what it prints."""
+    bpb = BPB.get(seed, 1.0815) if bpb is None else bpb
+    said = {
+        "train_ms": 588_047, "hessians": 11.3, "model": MODEL, "tokens": TOKENS, "loss": loss_of(bpb), "shards": 80,
+        "lr": 0.02, "label": "quantized_ttt", "eval_ms": 366_525, "cap": 600.0, "world": 8, "total": None,
+    } | changed  # fmt: skip
+    total = said["total"] or said["model"] + code
+    return f"""W0409 04:38:18.092000 206 torch/distributed/run.py:803] *****
+Hyperparameters:
+  artifact_dir:{" "}
+  logfile: logs/{seed}-run.txt
+  matrix_lr: {said["lr"]}
+  max_wallclock_seconds: {said["cap"]}
+  run_id: run-{seed}
+  seed: {seed}
+  ttt_enabled: True
+  world_size: {said["world"]}
+train_shards: {said["shards"]}
+val_tokens: {said["tokens"]}
+warmup_step: 1/20
+0/20000 val_loss: 9.0090 val_bpb: 3.4877
+500/20000 train_loss: 3.3346 train_time: 0.9m tok/s: 7691255
+4550/20000 val_loss: 2.8119 val_bpb: 1.0886
+stopping_early: wallclock_cap train_time: {said["train_ms"]}ms step: 4550/20000
+pre-quantization post-ema val_loss:2.80873254 val_bpb:{bpb - 0.006:.8f} eval_time:7440ms
+Serialized model: 135431033 bytes
+Code size: {code} bytes
+GPTQ:collected 67 Hessians in {said["hessians"]}s
+Serialized model quantized+brotli: {said["model"]} bytes
+Total submission size quantized+brotli: {total} bytes
+quantized val_loss:2.84065044 val_bpb:{bpb + 0.005:.8f} eval_time:25515ms
+ttt:start chunks=1238 ttt_lr=0.005 ttt_epochs=3
+{said["label"]} val_loss:{said["loss"]:.8f} val_bpb:{bpb:.8f} eval_time:{said["eval_ms"]}ms
+{extra}"""
+
+
+def submission(**changed: object) -> dict:
+    """Returns a submission.json that fits the logs; a value of None takes the key away."""
+    content = {
+        "author": "A", "github_id": "a", "name": "Record", "date": "2026-04-09", "track": "10min_16mb",
+        "hardware": "8xH100",
+        "val_loss": round(loss_of(1.08137), 5), "val_bpb": 1.08137, "val_bpb_std": 0.00037, "seeds": list(SEEDS),
+        "seed_results": {str(s): {"val_bpb": BPB[s], "artifact_bytes": MODEL + len(SCRIPT)} for s in SEEDS},
+        "bytes_total": MODEL + len(SCRIPT), "bytes_code": len(SCRIPT),
+        "compliance": {key: True for key in BOOLEANS},
+    } | changed  # fmt: skip
+    return {key: value for key, value in content.items() if value is not None}
+
+
+@pytest.fixture
+def folder(tmp_path: Path):
+    """Returns a function that writes a folder: clean unless files are replaced (None removes one, bytes go in raw)."""
+
+    def write(files: dict | None = None, track: str = "track_10min_16mb", name: str = "2026-04-09_Name") -> Path:
+        path = tmp_path / track / name
+        clean = {"README.md": README, "submission.json": submission(), "train_gpt.py": SCRIPT}
+        clean |= {f"train_seed{seed}.log": log_text(seed) for seed in SEEDS}
+        for file, content in (clean | (files or {})).items():
+            if content is None:
+                continue
+            place = path / file
+            place.parent.mkdir(parents=True, exist_ok=True)
+            content = json.dumps(content) if isinstance(content, (dict, list)) else content
+            place.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+def findings(path: Path, rule: str = "", grade: str = "") -> list:
+    """Returns the findings of a folder, of one rule or severity."""
+    found = check.audit(path)[1]
+    assert not [f for f in found if f.rule == "X1"], found
+    return [f for f in found if rule in ("", f.rule) and grade in ("", f.severity)]
+
+
+def grades(path: Path, rule: str) -> set[str]:
+    """Returns the severities that a rule gives a folder."""
+    return {finding.severity for finding in findings(path, rule)}
+
+
+def logs(**changed: object) -> dict:
+    """Returns the three logs with something changed in all of them."""
+    return {f"train_seed{seed}.log": log_text(seed, **changed) for seed in SEEDS}
+
+
+def test_a_clean_folder_has_no_finding_but_notes(folder):
+    assert [f for f in findings(folder()) if f.severity != "note"] == []
+
+
+def test_the_table_of_rules_is_complete_and_every_example_of_a_field_is_read():
+    assert all(
+        grade in ("reject", "warn", "note") and meaning and source for grade, meaning, source in check.RULES.values()
+    )
+    for name, pattern, _, example in check.FIELDS:
+        assert check.re.search(pattern, example), (name, example)
+
+
+# ------------------------------------------------------------ files
+@pytest.mark.parametrize("name", ["README.md", "submission.json", "train_gpt.py"])
+def test_a_missing_file_rejects_a_record_and_warns_elsewhere(folder, name):
+    assert grades(folder({name: None}), "F1") == {"reject"}
+    assert grades(folder({name: None}, track="track_non_record_16mb"), "F1") == {"warn"}
+    assert grades(folder(name="2026-04-10_Whole"), "F1") == set()
+
+
+def test_a_record_without_a_log_is_rejected_and_an_unknown_dialect_is_said(folder):
+    none = dict.fromkeys((f"train_seed{seed}.log" for seed in SEEDS), None)
+    path = folder(none | {"train.log": "nothing that is known\n"})
+    assert grades(path, "F1") == {"reject", "note"}
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"submission.json": None, "submission_ternary.json": submission()}, "submission.json"),
+        ({"train_gpt.py": None, "train_gpt_v5.py": SCRIPT}, "train_gpt.py"),
+        ({"train_seed42.log": None, "train_seed7.log": log_text(42)}, "the log ran seed 42"),
+        ({"submission.json": submission(track="non-record-16mb")}, "one of them is wrong"),
+    ],
+)
+def test_deviating_names_are_found_and_the_files_are_read_all_the_same(folder, files, said):
+    path = folder(files)
+    assert any(said in finding.message for finding in findings(path, "F2", "warn"))
+    assert check.as_json(*check.audit(path))["mean_val_bpb"] == pytest.approx(sum(BPB.values()) / 3)
+
+
+def test_a_folder_without_a_date_is_found(folder):
+    assert grades(folder(name="MyRecord"), "F2") == {"warn"}
+
+
+def test_missing_keys_are_named(folder):
+    path = folder({"submission.json": submission(author=None, github_id="", val_bpb=None, mean_val_bpb=1.08137)})
+    (finding,) = findings(path, "F3", "warn")
+    assert all(word in finding.message for word in ("author", "github_id", "val_bpb (there under another name)"))
+
+
+def test_a_link_that_leads_outside_is_not_read(folder, tmp_path):
+    path = folder({"train_seed42.log": None})
+    (tmp_path / "secret.log").write_text(log_text(42))
+    (path / "train_seed42.log").symlink_to(tmp_path / "secret.log")
+    assert any("leads outside" in finding.message for finding in findings(path, "F2"))
+    assert "train_seed42.log" not in [log.name for log in check.audit(path)[0].logs]
+
+
+# ------------------------------------------------------------ bytes
+def test_an_artifact_over_the_cap_is_rejected_from_the_log_line(folder):
+    path = folder({"train_seed314.log": log_text(314, model=16_071_321)})
+    (finding,) = findings(path, "S1", "reject")
+    assert f"{16_071_321 + len(SCRIPT):,}" in finding.message and finding.file == "train_seed314.log"
+    assert (path / finding.file).read_text().splitlines()[finding.line - 1].startswith("Total submission size")
+    assert grades(path, "N4") == {"warn"}  # compliance.artifact_under_16mb
+
+
+def test_the_size_as_shipped_is_script_plus_model_where_the_log_counts_less(folder):
+    script = SCRIPT + "#" * 120_000
+    path = folder({"train_gpt.py": script} | logs(code=30_000))  # of a packed script that is not there
+    (finding,) = findings(path, "S1", "warn")
+    assert f"{MODEL + len(script):,}" in finding.message and len(finding.also) == 2
+    assert any("ship the packed script" in f.message for f in findings(path, "S2", "warn"))
+
+
+def test_the_size_as_shipped_rejects_where_the_log_counts_no_code(folder):
+    text = {
+        n: t.replace("Total submission", "Whole").replace("Code size", "Text")
+        for n, t in logs(model=15_999_900).items()
+    }
+    assert grades(folder(text), "S1") == {"reject"}
+
+
+def test_a_thin_margin_is_a_note(folder):
+    assert grades(folder(logs(model=15_995_000)), "S1") == {"note"}
+
+
+def test_a_larger_readable_twin_in_the_log_is_a_note_only(folder):
+    human = SCRIPT + "#" * 200_000
+    path = folder({"train_gpt_human.py": human} | logs(code=len(human)))
+    assert grades(path, "S1") == {"note"} and grades(path, "S2") == {"note"}
+    assert any("it counts train_gpt_human.py" in finding.message for finding in findings(path, "S2", "note"))
+
+
+def test_a_larger_script_in_the_log_that_is_not_in_the_folder_rejects(folder):
+    assert grades(folder(logs(code=200_000)), "S1") == {"reject"}
+
+
+def test_a_log_of_another_script_is_flagged(folder):
+    (finding,) = [
+        f for f in findings(folder(logs(code=len(SCRIPT) + 900)), "S2", "warn") if "another script" in f.message
+    ]
+    assert f"{len(SCRIPT):,} lie in the folder" in finding.message
+
+
+def test_claimed_bytes_that_are_the_model_alone_are_flagged(folder):
+    results = {str(s): {"val_bpb": BPB[s], "artifact_bytes": MODEL} for s in SEEDS}
+    path = folder({"submission.json": submission(seed_results=results, bytes_total=MODEL, bytes_code=65_000)})
+    messages = [finding.message for finding in findings(path, "S2", "warn")]
+    assert any("the model without the code" in message for message in messages)
+    assert any("bytes_code 65,000" in message for message in messages)
+
+
+def test_a_loader_of_another_file_counts_both_and_can_break_the_cap(folder):
+    loader = 'exec(open(__file__.replace("train_gpt.py", "train_gpt_decode.py")).read())\n'
+    real = SCRIPT + "#" * 78_000
+    files = {"train_gpt.py": loader, "train_gpt_decode.py": real}
+    over = folder(files | logs(code=len(loader), model=15_976_275))
+    assert grades(over, "S3") == {"reject"} and grades(over, "S1") == {"reject"} and grades(over, "P3") == {"warn"}
+    seen = folder(files | logs(code=len(loader) + len(real), model=15_800_000), name="2026-04-10_Seen")
+    assert grades(seen, "S3") == {"note"} and grades(seen, "S1") == set()
+
+
+def test_an_imported_sibling_counts_as_code(folder):
+    path = folder({"train_gpt.py": "import helper\n" + SCRIPT, "helper.py": "import deeper", "deeper.py": "x = 1"})
+    (finding,) = findings(path, "S3")
+    assert "helper.py" in finding.message and "deeper.py" in finding.message and finding.severity == "warn"
+    assert check.audit(path)[0].code() == len("import helper\n" + SCRIPT) + len("import deeper") + len("x = 1")
+
+
+def raw_lzma(source: str) -> bytes:
+    """Returns raw LZMA2 data, as the packed records have it."""
+    return lzma.compress(source.encode(), lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}])
+
+
+def packed_scripts(source: str) -> dict[str, str]:
+    """Returns a source in wrappers of the kinds that are in use."""
+    raw, b85 = raw_lzma(source), base64.b85encode(raw_lzma(source)).decode()
+    half, options = len(b85) // 2, "format=L.FORMAT_RAW,filters=[{'id':L.FILTER_LZMA2}]"
+    return {
+        "raw LZMA2 + b85": 'import lzma as L,base64 as B\nexec(L.decompress(B.b85decode("' + b85
+        + '"),format=L.FORMAT_RAW,filters=[{"id":L.FILTER_LZMA2}]))',
+        "lzma alone": f"import lzma\nexec(lzma.decompress({lzma.compress(source.encode())!r}))",
+        "raw bytes": f"import lzma as L\nexec(L.decompress({raw!r},{options}))",
+        "zlib + b64": "import zlib,base64\nexec(zlib.decompress(base64.b64decode("
+        + repr(base64.b64encode(zlib.compress(source.encode()))) + ")))",
+        "in pieces": "import lzma as L,base64 as B\nexec(L.decompress(B.b85decode((\n"
+        + f'"{b85[:half]}"\n"{b85[half:]}"\n)),{options}))',
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(packed_scripts("")))
+def test_a_packed_script_is_unpacked_and_looked_into(folder, kind):
+    source = SCRIPT.replace("import torch\n", "import torch\nfrom flash_attn_interface import flash_attn_func\n")
+    source += "\n".join(f"NAME_{i} = {i * i}" for i in range(60))
+    path = folder({"train_gpt.py": packed_scripts(source)[kind]})
+    assert any("packed" in finding.message for finding in findings(path, "S4", "note"))
+    assert any("flash_attn_interface" in finding.message for finding in findings(path, "P2"))
+    assert check.audit(path)[0].scripts[0].source == source
+
+
+def test_a_script_packed_twice_is_unpacked_twice(folder):
+    once = packed_scripts(SCRIPT + "\n".join(f"N_{i} = {i * i}" for i in range(400)))["raw LZMA2 + b85"]
+    assert (
+        "def eval_val" in check.audit(folder({"train_gpt.py": packed_scripts(once)["zlib + b64"]}))[0].scripts[0].source
+    )
+
+
+def test_what_cannot_be_unpacked_is_said(folder, monkeypatch):
+    payload = base64.b85encode(random.Random(0).randbytes(3000)).decode()
+    path = folder({"train_gpt.py": f"import brotli,base64\nexec(brotli.decompress(base64.b85decode({payload!r})))"})
+    monkeypatch.setattr(check, "brotli_module", lambda: None)
+    (finding,) = findings(path, "S4", "warn")
+    assert "brotli" in finding.message and "pip install" in finding.message
+
+
+def test_a_script_packed_with_brotli_is_unpacked(folder):
+    brotli = pytest.importorskip("brotli", reason="brotli is not installed, and check.py says so where it is needed")
+    source = SCRIPT + "\n".join(f"N_{i} = {i * i}" for i in range(60))
+    payload = base64.b85encode(brotli.compress(source.encode())).decode()
+    path = folder({"train_gpt.py": f"import brotli,base64\nexec(brotli.decompress(base64.b85decode({payload!r})))"})
+    assert check.audit(path)[0].scripts[0].source == source
+
+
+def test_a_bomb_is_unpacked_within_bounds(folder):
+    bomb = base64.b85encode(raw_lzma("x = 1\n" * 10_000_000)).decode()  # 60 MB
+    path = folder({"train_gpt.py": f"import lzma,base64\nexec(lzma.decompress(base64.b85decode({bomb!r})))"})
+    assert "more than 1,000,000 bytes" in findings(path, "S4", "warn")[0].message
+
+
+def test_nothing_of_a_script_is_run(folder, tmp_path):
+    mark = tmp_path / "ran"
+    evil = f"open({str(mark)!r}, 'w').write('x')\n" + "\n".join(f"N_{i} = {i}" for i in range(90))
+    for kind, text in {"plain": evil, **packed_scripts(evil)}.items():
+        path = folder(
+            {"train_gpt.py": text, "sitecustomize.py": evil, "brotli.py": evil, "conftest.py": evil}, name=kind
+        )
+        done = subprocess.run([sys.executable, str(CHECK), str(path)], cwd=path, capture_output=True, text=True)
+        assert done.returncode in (0, 1), done.stderr
+        assert not mark.exists()
+
+
+# ------------------------------------------------------------ seconds
+@pytest.mark.parametrize(
+    ("train_ms", "hessians", "rule", "expected"),
+    [
+        (588_047, 11.3, "T2", set()), (600_038, 0, "T2", {"warn"}), (603_000, 0, "T2", {"reject"}),
+        (588_047, 11.3, "T1", set()), (588_047, 12.7, "T1", {"warn"}), (599_672, 6.9, "T1", {"warn"}),
+        (600_000, 46.0, "T1", {"reject"}),
+    ],
+)  # fmt: skip
+def test_training_and_calibration_fit_600_seconds(folder, train_ms, hessians, rule, expected):
+    assert grades(folder(logs(train_ms=train_ms, hessians=hessians)), rule) == expected
+
+
+def test_calibration_on_generated_data_is_not_charged(folder):
+    extra = "gptq:generating autoregressive calibration data (64 seqs x 2048 tokens)...\ngptq:done in 239.9s\n"
+    assert grades(folder(logs(extra=extra)), "T1") == {"note"}
+
+
+def test_time_limits_do_not_bind_outside_the_record_track_but_size_does(folder):
+    path = folder(logs(train_ms=7_763_153, eval_ms=900_000, model=16_100_000), track="track_non_record_16mb")
+    assert {f.rule for f in findings(path) if f.severity == "reject"} == {"S1"}
+
+
+@pytest.mark.parametrize(
+    ("eval_ms", "extra", "expected"),
+    [
+        (508_785, "", set()),
+        (605_000, "", {"reject"}),
+        (600_400, "", {"warn"}),
+        (508_785, "Deserialize: decompression done in 24.0s\nttt_lora:compile warmup done (137.6s)\n", {"warn"}),
+    ],
+)
+def test_the_evaluation_fits_600_seconds_by_its_own_clock_and_strictly(folder, eval_ms, extra, expected):
+    assert grades(folder(logs(eval_ms=eval_ms, extra=extra)), "T3") == expected
+
+
+def test_seconds_that_are_not_in_the_log_are_said_to_be_missing(folder):
+    text = {name: t.replace(" eval_time:366525ms", "").replace("stopping_early", "stop") for name, t in logs().items()}
+    text = {name: t.replace("588047ms", "?") for name, t in text.items()}
+    path = folder(text)
+    assert grades(path, "T3") == {"note"} and grades(path, "T2") == {"note"}
+
+
+def test_seeds_of_different_configurations_are_rejected_and_paths_and_names_are_not(folder):
+    (finding,) = findings(folder({"train_seed999.log": log_text(999, lr=0.03)}), "T4")
+    assert finding.severity == "reject" and "matrix_lr is 0.03, in train_seed314.log 0.02" in finding.message
+
+
+def test_names_clocks_and_cadences_may_differ_and_no_other_setting():
+    free = (
+        "seed run_id tokenizer_path data_dir train_files logfile local_rank rank s val_loss_every max_wallclock_seconds"
+    )
+    bound = (
+        "ttt_lora_rank logit_softcap train_batch_tokens muon_backend_steps swa_every warmup_steps mtp_loss_weight lr"
+    )
+    assert [key for key in free.split() if not check.IGNORED.search(key)] == []
+    assert [key for key in bound.split() if check.IGNORED.search(key)] == []
+
+
+def test_a_difference_that_comes_after_the_result_only_warns(folder):
+    late = log_text(42, label="quantized_sliding_window").replace("ttt_enabled: True", "ttt_enabled: False")
+    rest = {f"train_seed{s}.log": log_text(s, label="quantized_sliding_window") for s in SEEDS[1:]}
+    assert grades(folder({"train_seed42.log": late} | rest), "T4") == {"warn"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"cap": 700.0}, {"warn"}), ({"cap": 599.0}, set()), ({"world": 1}, {"warn"}),
+        ({"world": "8\n  force_stop_step: 4945"}, {"warn"}),
+        ({"world": "8\n  force_stop_step: 4945", "train_ms": 601_500}, {"reject"}),
+    ],
+)  # fmt: skip
+def test_caps_forced_stops_and_processes_are_those_of_a_record(folder, changed, expected):
+    assert grades(folder(logs(**changed)), "T4") == expected
+
+
+# ------------------------------------------------------------ metric
+@pytest.mark.parametrize(
+    ("num_bytes", "tokens", "rule", "expected"),
+    [
+        (151.05e6, TOKENS, "M1", set()), (151.05e6, 62_021_632, "M1", set()), (176.3e6, TOKENS, "M1", {"reject"}),
+        (157.3e6, TOKENS, "M1", {"reject"}), (164.6e6, 47_851_520, "M1", {"reject"}),
+        (155.77e6, 63_779_840, "M1", {"note"}),
+        (150.95e6, TOKENS, "M1", {"warn"}), (151.05e6, TOKENS, "M2", set()), (125.7e6, 33_730_000, "M2", {"reject"}),
+    ],
+)  # fmt: skip
+def test_the_metric_has_the_bytes_of_the_validation_text(folder, num_bytes, tokens, rule, expected):
+    text = {f"train_seed{s}.log": log_text(s, loss=loss_of(BPB[s], tokens, num_bytes), tokens=tokens) for s in SEEDS}
+    assert grades(folder(text), rule) == expected
+
+
+def test_a_subset_warns_outside_the_record_track_and_is_a_note_where_the_readme_says_so(folder):
+    few = {f"train_seed{s}.log": log_text(s, tokens=64_768, loss=loss_of(BPB[s], 64_768, 167_632)) for s in SEEDS}
+    assert grades(folder(few, track="track_non_record_16mb"), "M2") == {"warn"}
+    said = folder(few | {"README.md": README + "\nScored on a subset."}, track="track_non_record_16mb")
+    assert grades(said, "M2") == {"note"}
+
+
+def test_printed_digits_widen_the_interval(folder):
+    text = {f"train_seed{s}.log": log_text(s).replace(f"{BPB[s]:.8f}", f"{BPB[s]:.4f}") for s in SEEDS}
+    assert grades(folder(text), "M1") == set()
+
+
+def test_shards_that_differ_and_the_signature_of_the_leak_are_found(folder):
+    assert grades(folder({"train_seed42.log": log_text(42, shards=1)}), "M5") == {"warn"}
+    assert grades(folder(logs(shards=1499), name="2026-04-10_Leak"), "M6") == {"reject"}
+    assert grades(folder(logs(), name="2026-04-11_Good"), "M6") == set()
+
+
+# ------------------------------------------------------------ claims
+@pytest.mark.parametrize(
+    ("claimed", "expected"),
+    [
+        (1.08137, set()),
+        (1.0814, set()),
+        (1.0650, {"reject"}),
+        (1.08105, {"warn"}),
+        (1.09, {"warn"}),
+        (1.08177, {"warn"}),
+    ],
+)
+def test_the_headline_is_the_mean_of_the_logs(folder, claimed, expected):
+    readme = README.replace("1.08137", str(claimed))
+    path = folder(
+        {"submission.json": submission(val_bpb=claimed, seed_results=None, compliance=None), "README.md": readme}
+    )
+    assert grades(path, "H1") == expected
+
+
+def test_a_claim_for_a_seed_that_its_log_does_not_print_is_found(folder):
+    results = {str(s): {"val_bpb": BPB[s]} for s in SEEDS} | {"999": {"val_bpb": 1.0700}}
+    messages = [f for f in findings(folder({"submission.json": submission(seed_results=results)}), "H1", "reject")]
+    assert any("seed 999: 1.07 is claimed" in finding.message for finding in messages)
+
+
+def test_a_stale_log_with_a_worse_score_is_rejected(folder):
+    none = dict.fromkeys((f"train_seed{seed}.log" for seed in SEEDS), None)
+    one = submission(
+        val_bpb=1.15015359, seeds=None, seed_results=None, val_bpb_std=None, val_loss=None, compliance=None
+    )
+    files = none | {"submission.json": one, "train.log": log_text(1337, bpb=1.16660881), "README.md": "1.15015359"}
+    assert grades(folder(files), "H1") == {"reject"}
+
+
+def test_the_last_of_several_runs_in_one_log_counts(folder):
+    path = folder({"train_seed42.log": log_text(42, bpb=1.2, model=16_500_000, hessians=460.0) + log_text(42)})
+    assert [f for f in findings(path) if f.severity != "note"] == []
+
+
+def test_a_copy_of_a_log_is_not_a_further_seed(folder):
+    for number, seeds in enumerate(({"seeds": None, "seed_results": None}, {})):
+        path = folder(
+            {"train.log": log_text(42), "submission.json": submission(**seeds)}, name=f"2026-04-1{number}_Copy"
+        )
+        assert [f for f in findings(path) if f.severity != "note"] == [] and len(check.audit(path)[0].used) == 3
+        assert [finding.file for finding in findings(path, "H2")] == ["train.log"]
+
+
+def test_a_seed_without_a_log_and_a_log_without_a_use_are_found(folder):
+    lacking = findings(folder({"train_seed999.log": None}), "H2", "warn")
+    assert ["seed 999" in finding.message for finding in lacking] == [True]
+    unused = findings(folder({"train_seed7.log": log_text(7)}, name="2026-04-10_More"), "H2", "warn")
+    assert [finding.file for finding in unused] == ["train_seed7.log"]
+    results = {"note": "best 3", "all_5_seeds": [1, 2, 42, 314, 999]}
+    cut = log_text(999).partition("quantized_ttt")[0].replace("quantized val", "diagnostic quantized val")
+    over = cut.replace(f"{MODEL}", "16200000").replace(f"{MODEL + len(SCRIPT)}", "16300000")
+    assert grades(folder({"train_seed999.log": over}, name="2026-04-13_Cut"), "S1") == {"reject"}
+    ended = findings(folder({"train_seed999.log": cut}, name="2026-04-12_Cut"))
+    assert [(f.rule, f.file) for f in ended if f.severity != "note"] == [
+        ("H2", "train_seed999.log"),
+        ("N4", "submission.json"),
+    ]
+    chosen = folder({"submission.json": submission(disclosure=results)}, name="2026-04-11_Chosen")
+    assert "lists 5 seeds" in findings(chosen, "H2", "warn")[0].message
+
+
+def test_the_original_and_not_the_rerun_of_a_seed_is_used_where_it_is_what_is_claimed(folder):
+    path = folder({"train_seed42_rerun.log": log_text(42, bpb=1.0790)})
+    assert sorted(log.name for log in check.audit(path)[0].used) == [
+        f"train_seed{s}.log" for s in sorted(SEEDS, key=str)
+    ]
+    assert grades(path, "H2") == {"note"}
+
+
+def test_a_result_of_a_later_evaluation_in_a_subfolder_is_found_there(folder):
+    files = {f"train_seed{s}.log": log_text(s, bpb=BPB[s] + 0.001) for s in SEEDS}
+    path = folder(files | {f"ttt/seed_{s}.log": log_text(s) for s in SEEDS})
+    found = findings(path, "H1")
+    assert {f.severity for f in found} == {"warn"} and all("another log" in f.message for f in found)
+    assert [place.split(":")[0] for f in found for place in (f.file, *f.also)] == [
+        f"ttt/seed_{s}.log" for s in (314, 42, 999)
+    ]
+
+
+def test_a_worse_line_after_the_result_is_found(folder):
+    late = "final_int6_ttt val_loss:3.45000000 val_bpb:1.33603200 eval_time:90000ms\n"
+    (finding,) = findings(folder({"train_seed42.log": log_text(42, extra=late)}), "H3")
+    assert finding.severity == "warn" and "1.336032" in finding.message
+
+
+def test_a_score_of_weights_before_they_were_stored_is_rejected(folder):
+    results = {str(s): {"val_bpb": round(BPB[s] - 0.006, 8)} for s in SEEDS}
+    mean = round(sum(BPB.values()) / 3 - 0.006, 6)
+    path = folder({"submission.json": submission(val_bpb=mean, seed_results=results), "README.md": f"{mean}"})
+    assert grades(path, "H4") == {"reject"} and grades(folder(name="2026-04-10_Good"), "H4") == set()
+
+
+def test_a_costly_quantization_is_a_note(folder):
+    text = {
+        n: t.replace("quantized val_loss:2.84065044 val_bpb:", "quantized val_loss:2.9 val_bpb:1.2 old:")
+        for n, t in logs().items()
+    }
+    assert grades(folder(text), "H3") == {"note"}
+
+
+def test_the_readme_states_the_headline(folder):
+    (finding,) = findings(folder({"README.md": README.replace("1.08137", "1.0700")}), "H1")
+    assert finding.severity == "warn" and finding.file == "README.md"
+
+
+def test_the_deviation_of_a_population_is_found(folder):
+    values = list(BPB.values())
+    population = round((sum((v - sum(values) / 3) ** 2 for v in values) / 3) ** 0.5, 5)
+    (finding,) = findings(folder({"submission.json": submission(val_bpb_std=population)}), "N1")
+    assert "the population's" in finding.message and "0.000373631" in finding.message
+
+
+def test_bytes_total_that_is_a_mean_is_found(folder):
+    (finding,) = findings(folder({"submission.json": submission(bytes_total=15_890_000)}), "N2")
+    assert f"{MODEL + len(SCRIPT):,}" in finding.message
+
+
+@pytest.mark.parametrize(("p", "expected"), [(0.00041, set()), (0.00082, set()), (0.05, {"warn"}), ("<0.001", set())])
+def test_a_p_value_follows_from_its_t(folder, p, expected):
+    path = folder({"submission.json": submission(t_statistic=-11.834, welch_df=3.306, p_value=p)})
+    assert grades(path, "N3") == expected
+
+
+def test_the_tail_of_student_is_that_of_the_tables():
+    for t, df, tail in [(6.965, 2, 0.01), (2.920, 2, 0.05), (31.821, 1, 0.01), (2.764, 10, 0.01), (1.645, 1e5, 0.05)]:
+        assert check.student_tail(t, df) == pytest.approx(tail, rel=2e-3)  # tables have four digits
+    assert check.student_tail(0.0, 5) == pytest.approx(0.5, rel=1e-9)
+
+
+def test_booleans_against_the_figures_are_found(folder):
+    messages = [f.message for f in findings(folder(logs(train_ms=604_000, eval_ms=650_000)), "N4")]
+    assert len(messages) == 2 and "train_under_600s" in messages[0] and "eval_under_600s" in messages[1]
+
+
+# ------------------------------------------------------------ dialects
+def test_a_source_dump_is_not_taken_for_what_the_log_says(folder):
+    dump = 'log0("gptq:calibrating with 64 batches (using val data)...")\n    # gptq: calibrate using val data\n'
+    dump += "seed: int = 7\n"
+    dump += 'log0(f"final_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")\nworld_size = 4\n'
+    after = (
+        "# Total submission size int8+zlib: 17000000 bytes\nlog0(f'Code size: 70000 bytes')\n"  # of a second process
+    )
+    path = folder({"train_seed42.log": dump + "=" * 100 + "\nRunning Python 3.12.3\n" + log_text(42, extra=after)})
+    assert [f for f in findings(path) if f.severity != "note"] == []
+
+
+def test_the_early_dialect_is_read(folder):
+    text = f"""val_loader:shards pattern=./data/fineweb_val_*.bin tokens:62021632
+train_loader:dataset:fineweb10B_sp1024 train_shards:80
+world_size:8 grad_accum_steps:1
+tie_embeddings:True embed_lr:0.035 head_lr:0.0
+parallel_residual:active=1 start_layer=7
+seed:1337
+step:7412/9000 val_loss:1.9303 val_bpb:1.1432 train_time:600001ms step_avg:80.95ms
+Serialized model: 105783807 bytes
+Code size: 64,415 bytes
+Serialized model int6+zstd: 15624965 bytes (payload:100 raw_torch:200)
+Total submission size int6+zstd: 15689380 bytes
+final_int6_roundtrip_exact val_loss:1.94903166 val_bpb:1.15432633
+final_int6_sliding_window val_loss:1.9110 val_bpb:1.1318 stride:64 eval_time:68889ms
+final_int6_sliding_window_exact val_loss:{loss_of(1.13178056, 62_021_632):.8f} val_bpb:1.13178056
+ttt_chunk [1891/1893] val_bpb=1.121468 time=409.5s
+"""
+    log = check.audit(folder({"train.log": text}))[0]
+    log = next(log for log in log.logs if log.name == "train.log")
+    assert (log.seed, log.get("val_tokens"), log.get("train_shards"), log.get("world_size")) == (1337, 62021632, 80, 8)
+    assert (log.get("code"), log.get("model"), log.get("total"), log.get("train_s")) == (
+        64415,
+        15624965,
+        15689380,
+        600.001,
+    )
+    assert check.last_score(log).bpb == 1.13178056 and [s.kind for s in log.scores] == ["training"] + ["final"] * 3
+    assert log.config["embed_lr"][0] == "0.035" and "parallel_residual" not in log.config
+
+
+def test_the_dialect_of_this_project_is_read(folder):
+    text = f"""run: logs/x
+device:cuda (H100) processes:8 dtype:bfloat16 torch:2.9.1
+settings (defaults): SEED=42 (1337), MATRIX_LR=0.02 (0.04)
+validation: 1 shards, 40,540,160 targets (223 left off), 151,050,000 bytes, 3.7 bytes a target
+training: 80 shards, 8,000,000,000 tokens, 786,432 a step
+trained: steps:4550 train_time:588047ms step_avg:129.2ms epochs:0.4
+artifact: model 15,900,000 + code = {15_900_000 + len(SCRIPT):,} bytes of 16,000,000, floor 0.00000
+quantized val_loss:2.84065044 val_bpb:1.0850000 eval_time:18844ms
+rules: none broken, as far as this run can tell
+final_exact val_loss:{loss_of(1.08103):.8f} val_bpb:1.08103000 kind:ttt_score_first eval_time:318844ms compliant:1
+"""
+    path = folder({"train_seed42.log": text})
+    assert [f for f in findings(path) if f.severity != "note"] == []
+    broken = folder({"train_seed42.log": text.replace("compliant:1", "compliant:0")}, name="2026-04-10_Broken")
+    assert grades(broken, "A1") == {"reject"}
+
+
+def test_our_audit_is_read(folder):
+    good = {
+        "seed": 42,
+        "passed": True,
+        "proofs": {"future_flip": {"passed": True, "says": "x"}, "sum": {"passed": True}},
+    }
+    bad = {
+        "seed": 42,
+        "passed": False,
+        "proofs": {"future_flip": {"passed": False, "says": "x"}, "sum": {"passed": True}},
+    }
+    assert grades(folder({"compliance_seed42.json": good}), "A1") == set()
+    (finding,) = findings(folder({"compliance_seed42.json": bad}, name="2026-04-10_Bad"), "A1")
+    assert finding.severity == "reject" and finding.message.endswith(": proofs.future_flip")
+    assert finding.file == "compliance_seed42.json"
+    for number, (script, expected) in enumerate({SCRIPT: set(), SCRIPT + "x = 1\n": {"reject"}}.items()):
+        of_it = good | {"code_sha256": hashlib.sha256(SCRIPT.encode()).hexdigest()}
+        packed = packed_scripts(script + "\n" * 2000)[
+            "lzma alone"
+        ]  # the readable twin beside the packed one is the audited
+        files = {"train_gpt.py": packed, "train_gpt_readable.py": script, "compliance_seed42.json": of_it}
+        assert grades(folder(files, name=f"2026-04-1{number}_Code"), "A1") == expected
+    for number, empty in enumerate([{}, [], {"passed": "yes", "proofs": {"x": {}}}, "passed"]):
+        assert grades(folder({"compliance_seed42.json": json.dumps(empty)}, name=f"2026-05-1{number}_E"), "A1") == {
+            "warn"
+        }
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        {"seeds": [{"seed": s, "val_bpb": BPB[s]} for s in SEEDS], "seed_results": None},
+        {"seeds": {str(s): BPB[s] for s in SEEDS}, "seed_results": None},
+        {"seeds": [str(s) for s in SEEDS], "seed_results": None},
+        {"seed_results": {f"seed_{s}": {"val_bpb": f"{BPB[s]}"} for s in SEEDS}},
+        {"seed_results": [{"seed": s, "val_bpb": BPB[s]} for s in SEEDS]},
+        {"seed_results": None, "seed_scores": list(BPB.values())},
+    ],
+)
+def test_seeds_are_read_as_list_dict_strings_and_objects(folder, seeds):
+    path = folder({"submission.json": submission(**seeds)})
+    assert sorted(check.audit(path)[0].seeds) == sorted(SEEDS)
+    assert [f for f in findings(path) if f.severity != "note"] == []
+
+
+def test_a_log_in_utf_16_and_one_with_colours_are_read(folder):
+    files = {"train_seed42.log": log_text(42).encode("utf-16")}
+    files["train_seed999.log"] = "".join(f"1776144156.999 {line}\n" for line in log_text(999).splitlines())
+    files["train_seed314.log"] = "".join(f"\x1b[32m[rank0]: {line}\n" for line in log_text(314).splitlines())
+    path = folder(files)
+    assert {log.seed for log in check.audit(path)[0].used} == set(SEEDS)
+    assert all(log.dumped and log.config["matrix_lr"][0] == "0.02" for log in check.audit(path)[0].logs)
+    assert [f for f in findings(path) if f.severity != "note"] == []
+
+
+# ------------------------------------------------------------ script
+def test_calibration_on_validation_data_is_rejected(folder):
+    extra = "gptq:calibrating with 64 batches (using val data)...\n"
+    assert grades(folder(logs(extra=extra)), "L2") == {"reject"}
+    random_tokens = logs(extra="ttt_lora:warming up compile (random tokens, no val data)\n")
+    assert grades(folder(random_tokens, name="2026-04-10_Good"), "L2") == set()
+
+
+ADAPT = """
+def adapt(model, val_tokens, optimizer, ttt_epochs):
+    for epoch in range(ttt_epochs):
+        loss = model(val_tokens)
+        loss.backward()
+        optimizer.step()
+"""
+INDIRECT = ADAPT.replace("val_tokens, optimizer", "val_data, optimizer").replace(
+    "(val_tokens)", "(val_data.val_tokens)"
+)
+LEGAL = """
+def eval_val_ttt(model, val_tokens, optimizer, ttt_epochs):
+    for chunk in chunks(val_tokens):
+        with torch.no_grad():
+            loss_sum += model(chunk)
+        if not is_last_chunk:
+            for epoch in range(ttt_epochs):
+                model(chunk).backward()
+                optimizer.step()
+"""
+CALLER = """
+def eval_phased(model, val_tokens, optimizer):
+    for chunk in chunks(val_tokens):
+        with torch.inference_mode():
+            loss_sum += model(chunk)
+        adapt(model, chunk, optimizer, 3)
+"""
+
+
+def test_training_on_validation_tokens_before_scoring_is_found(folder):
+    assert grades(folder({"train_gpt.py": SCRIPT + ADAPT}), "L1") == {"warn"}
+    assert grades(folder({"train_gpt.py": SCRIPT + INDIRECT}, name="2026-04-12_Indirect"), "L1") == {"warn"}
+    assert grades(folder({"train_gpt.py": SCRIPT + LEGAL}, name="2026-04-10_Legal"), "L1") == set()
+    assert grades(folder({"train_gpt.py": SCRIPT + ADAPT + CALLER}, name="2026-04-11_Caller"), "L1") == set()
+
+
+def test_epochs_of_adaptation_in_the_log_before_the_only_score_are_rejected(folder):
+    epochs = "".join(
+        f"{kind}epoch:{i}/50 loss:2.{i} time:1.0s\n" for i, kind in enumerate(("ttt_", "ttt: ", "ttt "), 1)
+    )
+    text = {n: t.replace("ttt:start chunks", epochs + "ttt:start chunks") for n, t in logs().items()}
+    (finding,) = findings(folder(text | {"train_gpt.py": SCRIPT + ADAPT}), "L1")
+    assert finding.severity == "reject" and finding.file == "train_seed314.log" and finding.line > 0
+    assert grades(folder(text, name="2026-04-10_NoPattern"), "L1") == set()
+
+
+def test_names_that_were_ruled_out_are_listed_and_those_that_are_off_are_a_note(folder):
+    on = SCRIPT + "\ndef slot_adapt(logits, full_key): ...\n"
+    (finding,) = findings(folder({"train_gpt.py": on}), "L9")
+    assert finding.severity == "warn" and "slot_adapt" in finding.message and "full_key" in finding.message
+    off = SCRIPT + '\netlb_enabled = bool(int(os.environ.get("ETLB_ENABLED", "0")))\n'
+    assert grades(folder({"train_gpt.py": off}, name="2026-04-10_Off"), "L9") == {"note"}
+    fine = SCRIPT + "\nclass BigramHash: ...\n__slots__ = ()\n"
+    assert grades(folder({"train_gpt.py": fine}, name="2026-04-11_Fine"), "L9") == set()
+
+
+NEWER = ["x = {'a': 1}\ny = f'{x['a']}'", 'y = f"{chr(10) + "\\n"}"', "y = f'{\n1}'", 'y = f"{1 # one\n}"']
+OLDER = [
+    "x = {'a': 1}\ny = f\"{x['a']:>{3}}\"",
+    "y = f'''{\n'a'}'''",
+    "y = f'{1}\\n'",
+    "y = f\"{f'{1}'}\" '\"'",
+    "y = f'a\\\n{1}'",
+]
+
+
+@pytest.mark.parametrize("source", NEWER)
+def test_an_f_string_of_python_3_12_warns_on_every_interpreter(folder, source):
+    assert grades(folder({"train_gpt.py": SCRIPT + source + "\n"}), "P1") == {"warn"}
+
+
+@pytest.mark.parametrize("source", OLDER)
+def test_an_f_string_of_python_3_10_is_not_taken_for_a_newer_one(folder, source):
+    assert grades(folder({"train_gpt.py": SCRIPT + source + "\n"}), "P1") == set()
+
+
+def test_a_broken_script_and_a_newer_statement_are_found(folder):
+    expected = {"reject"} if sys.version_info >= (3, 12) else {"warn"}
+    assert grades(folder({"train_gpt.py": SCRIPT + "def f(:\n"}), "P1") == expected
+    newer = SCRIPT + "try:\n    pass\nexcept* ValueError:\n    pass\n"
+    assert grades(folder({"train_gpt.py": newer}, name="2026-04-10_Newer"), "P1") == {"warn"}
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("from flash_attn_interface import flash_attn_func", {"warn"}), ("import os, triton.language as tl", {"warn"}),
+        ("torch.cuda.set_device(0)", {"warn"}), ("x = torch.zeros(1).cuda()", {"warn"}),
+        ("try:\n    import triton\nexcept ImportError:\n    triton = None", set()),
+        ("if torch.cuda.is_available():\n    import triton", set()), ("def f():\n    import triton", set()),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", set()),
+    ],
+)  # fmt: skip
+def test_what_an_import_needs_of_a_gpu_is_found(folder, code, expected):
+    assert grades(folder({"train_gpt.py": SCRIPT + code + "\n"}), "P2") == expected
+
+
+def test_variables_that_the_script_never_reads_are_found(folder):
+    command = "```\nexport EMA_DECAY=0.99\nQAT\\_ON=1 MATRIX_LR=0.02 \\\n  # a comment\n"
+    command += "CUDA_VISIBLE_DEVICES=0 torchrun train_gpt.py\n```\n"
+    data = "```\nSHARDS=80 python data/prepare.py\nABLATE=1 python train_ablation.py\n```\nText with OTHER=1 outside.\n"
+    (finding,) = findings(folder({"README.md": README + command + data, "train_ablation.py": "x = 1"}), "P4")
+    assert finding.message.endswith(": EMA_DECAY, QAT_ON") and finding.severity == "warn"
+
+
+def test_variables_that_are_read_by_a_helper_or_by_computed_names_are_read(folder):
+    readme = README + "```\nMODEL_DIM=512 torchrun train_gpt.py\n```\n"
+    helper = SCRIPT + "\nmodel_dim = _e('MODEL_DIM', 512, int)\n"
+    computed = SCRIPT + "\nmodel_dim: int = 512\nfor k in vars(): os.environ.get(k.upper())\n"
+    for name, script in (("2026-04-10_A", helper), ("2026-04-11_B", computed)):
+        assert grades(folder({"README.md": readme, "train_gpt.py": script}, name=name), "P4") == set()
+
+
+def test_traps_of_reviewers_machines_are_notes(folder):
+    trap = "from dataclasses import dataclass\nimport os\nimport einops\n"
+    trap += "@dataclass\nclass Hyperparameters:\n    x: int = 1\n"
+    trap += "try:\n    import zstandard\n    CODEC = 'zstd'\nexcept ImportError:\n    CODEC = 'zlib'\n"
+    path = folder({"train_gpt.py": trap})
+    assert [("dataclass" in f.message, "zlib" in f.message, "einops" in f.message) for f in findings(path, "P5")].count(
+        (False, False, False)
+    ) == 0 and len(findings(path, "P5")) == 3
+    (finding,) = findings(path, "D1")
+    assert "GPT" in finding.message and "eval_val" in finding.message
+    assert findings(folder(name="2026-04-10_Good"), "D1") == []
+
+
+# ------------------------------------------------------------ robustness
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    1e400,
+    10**400,
+    "",
+    "x",
+    "1.08",
+    [],
+    [1, None, "a", [2]],
+    {},
+    {"seed": {}},
+    float("nan"),
+    [[]],
+    "\ud800",
+]
+
+
+@pytest.mark.parametrize(
+    "key", [*submission(), "p_value", "t_statistic", "welch_df", "bytes_total", "runs", "seed", "disclosure"]
+)
+def test_a_wrong_type_under_any_key_of_submission_json_is_no_crash(folder, key):
+    path = folder()
+    for value in VALUES:
+        (path / "submission.json").write_text(json.dumps(submission() | {key: value}))
+        findings(path)
+
+
+@pytest.mark.parametrize("key", ["val_bpb", "val_loss", "artifact_bytes", "eval_time_s", "calib_time_s", "seed"])
+def test_a_wrong_type_under_any_key_of_a_seed_is_no_crash(folder, key):
+    path = folder()
+    for value in VALUES:
+        results = {"42": {"val_bpb": 1.081, key: value}, "x": value, "314": value}
+        for content in (results, list(results.values())):
+            (path / "submission.json").write_text(json.dumps(submission(seed_results=content)))
+            findings(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "3", "null", "{", '{"val_bpb": NaN}', '"\\ud800"', "[" * 50_000, '{"a":' + "9" * 5000 + "}", "\0"],
+)
+def test_any_text_as_submission_json_is_no_crash(folder, text):
+    assert {f.rule for f in findings(folder({"submission.json": text}))}  # something is always missing
+
+
+def test_any_bytes_in_any_file_are_no_crash(folder):
+    path, source = folder({"helper.py": "x = 1", "compliance_seed42.json": {"passed": True}}), random.Random(7)
+    for _ in range(60):
+        name = source.choice(sorted(os.listdir(path)))
+        old = (path / name).read_bytes()
+        cut, kind = source.randrange(len(old) + 1), source.randrange(4)
+        noise = source.randbytes(40)
+        new = (old[:cut], old[:cut] + noise + old[cut:], source.randbytes(3000), old[cut:] + old[:cut])[kind]
+        (path / name).write_bytes(new)
+        check.json.dumps(check.as_json(*check.audit(path)))
+        findings(path)
+        (path / name).write_bytes(old)
+
+
+def test_directories_empty_files_and_odd_names_are_no_crash(folder, tmp_path):
+    path = folder({"train_seed42.log": "", "a\nb\x1b[31m.log": "nothing", "sub/deep/er/x.log": log_text(1)})
+    (path / "train.log").mkdir()
+    (path / "submission.json.d").mkdir()
+    os.mkfifo(path / "train_fifo.log")
+    (path / "loop.log").symlink_to(path / "loop.log")
+    (path / os.fsdecode(b"bad\xff.log")).write_text(log_text(999))
+    done = subprocess.run([sys.executable, str(CHECK), str(path)], capture_output=True, timeout=60)
+    assert done.returncode in (0, 1) and b"\x1b" not in done.stdout and b"Traceback" not in done.stderr
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert len(findings(empty, "F1", "reject")) == 4
+
+
+def test_a_large_log_is_read_as_a_stream_and_quickly(folder):
+    long_line, steps = "x" * 5_000_000 + "\n", "step:1/9 train_loss:6.2 train_time:816ms step_avg:81.61ms\n" * 100_000
+    path = folder({"train_seed42.log": long_line + log_text(42).replace("warmup_step: 1/20\n", steps)})
+    started = time.perf_counter()
+    log = check.parse_log(path / "train_seed42.log")
+    assert time.perf_counter() - started < 5  # 0.5 s alone: 100 MB in some ten seconds
+    score, lines = check.last_score(log), (path / "train_seed42.log").read_text().split("\n")
+    assert log.seed == 42 and lines[score.line - 1].startswith("quantized_ttt ") and score.bpb == BPB[42]
+    path = folder({"train_seed42.log": long_line}, name="2026-04-10_Line")
+    tracemalloc.start()
+    check.parse_log(path / "train_seed42.log")
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000  # of a line of 5 MB
+    tracemalloc.stop()
+
+
+def test_the_severity_of_a_finding_is_never_graver_than_its_rule_says(folder):
+    order = {"reject": 0, "warn": 1, "note": 2}
+    bad = logs(train_ms=700_000, eval_ms=700_000, model=17_000_000, shards=1499, tokens=1000, lr=0.1, world=1, cap=0)
+    path = folder(bad | {"train_gpt.py": SCRIPT + ADAPT + "def f(:", "submission.json": submission(val_bpb=0.5)})
+    for finding in findings(path):
+        assert finding.severity == "note" or order[finding.severity] >= order[check.RULES[finding.rule][0]], finding
+
+
+# ------------------------------------------------------------ command line
+def test_the_exit_status_is_0_without_1_with_a_reject_and_2_without_a_folder(folder, capsys):
+    good, bad = folder(), folder(logs(model=16_500_000), name="2026-04-10_Bad")
+    assert check.main([str(good)]) == 0
+    assert check.main([str(good), str(bad)]) == 1
+    out = capsys.readouterr().out
+    assert "OK: 0 reject, 0 warn" in out and "REJECT: 1 reject" in out and "(train_seed314.log:" in out
+    assert check.main([str(good), str(good / "absent")]) == 2
+    assert check.main([str(good / "README.md")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_json_is_one_document_of_the_described_form(folder, capsys):
+    good, bad = folder(), folder(logs(model=16_500_000), name="2026-04-10_Bad")
+    assert check.main(["--json", str(good), str(bad)]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["version"] == 1 and [entry["verdict"] for entry in document["folders"]] == ["ok", "reject"]
+    entry = document["folders"][1]
+    assert entry["mean_val_bpb"] == pytest.approx(1.08137) and entry["std_val_bpb"] == pytest.approx(
+        0.0003736, abs=1e-7
+    )
+    assert [row["seed"] for row in entry["logs"]] == [314, 42, 999]
+    assert entry["logs"][0]["shipped_bytes"] == 16_500_000 + len(SCRIPT) and entry["logs"][0]["train_s"] == 588.047
+    assert entry["counts"]["reject"] == sum(f["severity"] == "reject" for f in entry["findings"]) == 1
+    assert set(entry["findings"][0]) == {"rule", "severity", "message", "file", "line", "also", "source"}
