@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,3 +121,24 @@ def test_the_banner_accounts_for_every_parameter(reported: Callable) -> None:
         "plan: ",
     ):
         assert expected in log
+
+
+# ---- what reviewers run ----
+
+
+def smoke(cwd: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = {"SMOKE": "1", **settings}  # and nothing else: no PATH, no home
+    command = [sys.executable, str(t.CODE)]
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_smoke_prints_the_one_line_that_reviewers_look_for_and_leaves_nothing(tmp_path: Path) -> None:
+    done = smoke(tmp_path)
+    sizes = rf"dim=512, layers=11, vocab=1024, code={t.CODE.stat().st_size} B"
+    assert re.fullmatch(rf"import OK in \d+\.\d\ds, {sizes}, SMOKE_TEST_PASS\n", done.stdout), done.stdout + done.stderr
+    assert done.returncode == 0 and list(tmp_path.iterdir()) == []
+
+
+def test_smoke_fails_where_the_untrained_model_does_not_guess_uniformly(tmp_path: Path) -> None:
+    done = smoke(tmp_path, TIED_EMBED_INIT_STD="10", NUM_LAYERS="2")
+    assert done.returncode != 0 and "PASS" not in done.stdout and "the guesses are not uniform" in done.stderr
