@@ -439,7 +439,7 @@ def find_path(path: str | Path, variable: str) -> Path:
     for base in (Path(), *CODE.parents):
         if (base / path).exists():
             return base / path
-    fix = DATA_HELP if variable.endswith("_PATH") else "give the path of a file that a run has left in logs/"
+    fix = DATA_HELP if variable.endswith("_PATH") else "runs leave such files in logs/, the project has records/"
     raise UserError(f"{variable}={path} does not exist (looked from {Path.cwd()}): {fix}")
 
 
@@ -1476,7 +1476,7 @@ def main() -> None:
     if h.smoke:
         return smoke(h)
     if h.audit:  # from outside: it watches the stages below, and adds its proofs to the report
-        sys.path.insert(0, str(find_path("records/audit.py", "AUDIT=1: its program").parent))
+        sys.path.insert(0, str(find_path("records/audit.py", "AUDIT").parent))
         importlib.import_module("audit").watch(sys.modules[__name__])
     source = h.eval_only or h.export_only
     h, decoded = load_artifact(source) if source else (h, None)

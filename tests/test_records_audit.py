@@ -46,6 +46,10 @@ def failed(proofs: dict[str, dict[str, Any]]) -> set[str]:
         {"ttt_enabled": False, "eval_stride": 0},
         {"gated_attention": True, "value_residual": True, "trigram_shared": True, "eval_stride": 5},
         {"eval_seq_len": 48, "eval_stride": 7, "ttt_chunk_tokens": 1000},
+        {"eval_stride": 0, "ttt_chunk_tokens": 16},  # chunks shorter than a window
+        {"eval_stride": 0, "num_targets": 97},
+        {"num_targets": 331, "ttt_batch_seqs": 1, "eval_batch_seqs": 1, "micro_batch_tokens": 1},
+        {"ttt_cosine": False, "ttt_freeze_blocks": 2, "ttt_momentum": 0.0, "ttt_grad_clip": 0.0},
     ],
 )
 def test_a_legal_run_passes_every_proof_and_the_figures_are_those_of_its_text(
@@ -55,7 +59,7 @@ def test_a_legal_run_passes_every_proof_and_the_figures_are_those_of_its_text(
     proofs = prove(run)
     assert failed(proofs) == set(), proofs
     flips, once = proofs["future_flip"]["flips"], proofs["once_only"]
-    assert len(flips) == 3 and all(flip["bit_identical"] == flip["scores_before"] > 0 for flip in flips)
+    assert len(flips) == 4 and all(flip["bit_identical"] == flip["scores_before"] > 0 for flip in flips)
     assert [flip["scores_before"] for flip in flips] == [flip["changed_from_token"] - 1 for flip in flips]
     assert once["scored_once"] == once["targets"] and once["repeated_contexts"] == 0
     # With adaptation the whole text but its last chunk was trained on, and the weights moved: the proofs had an object.
@@ -113,9 +117,52 @@ def score_other_targets(run: t.Run) -> t.Score:
     return t.eval_val_sliding(run._replace(val=easy))
 
 
+def adapt_first_from_the_second_chunk_on(run: t.Run) -> t.Score:
+    """Adapts before it scores, but not the first chunk, and by another way into the model than that of scores."""
+    scorer, adapter = t.Scorer(run, run.val, run.h.stride), t.Adapter(run._replace(token_nll=run.model.token_nll))
+    for index, chunk in enumerate(chunks_of(run, scorer)):
+        for x, y, num_targets in adapter.batches(scorer.tokens, int(chunk[0, 1]), int(chunk[-1, 2])) * (index > 0):
+            adapter.step(x, y, num_targets, 1.0)
+        scorer.score(chunk)
+    return scorer.result()
+
+
+def mix_in_a_cache(run: t.Run) -> t.Score:
+    """A hashed bigram cache of scored text that knows only its target's probability: the most often rejected entry."""
+    scorer, tokens, seen = t.Scorer(run, run.val, run.h.stride), run.val.tokens.tolist(), set()
+    for chunk in chunks_of(run, scorer):
+        scorer.score(chunk)
+        targets = range(int(chunk[0, 1]), int(chunk[-1, 2]))
+        for i in targets:
+            if tokens[i] * tokens[i + 1] % 50 in seen:
+                scorer.nll[i] = -torch.log(0.5 * torch.exp(-scorer.nll[i]) + 0.25)
+        seen |= {tokens[i] * tokens[i + 1] % 50 for i in targets}
+    return scorer.result()
+
+
+def scale_the_scores(run: t.Run) -> t.Score:
+    scorer = t.Scorer(run, run.val, run.h.stride)
+    scorer.score(scorer.windows)
+    scorer.nll.mul_(0.99)
+    return scorer.result()
+
+
+def keep_the_better_of_two_passes(run: t.Run) -> t.Score:
+    scorer, plain = (t.Scorer(run, run.val, stride) for stride in (run.h.stride, run.h.window))
+    scorer.score(scorer.windows)
+    first, plain.run = scorer.nll.clone(), run._replace(token_nll=run.model.token_nll)
+    plain.score(plain.windows)
+    scorer.nll = torch.minimum(first, plain.nll)
+    return scorer.result()
+
+
 @pytest.mark.parametrize(
     ("final_score", "broken"),
     [
+        (adapt_first_from_the_second_chunk_on, {"future_flip", "last_chunk"}),
+        (mix_in_a_cache, {"once_only"}),
+        (scale_the_scores, {"once_only"}),
+        (keep_the_better_of_two_passes, {"once_only"}),
         (adapt_then_score, {"future_flip", "once_only", "last_chunk"}),
         (score_twice, {"future_flip", "once_only"}),
         (train_on_the_last_chunk_too, {"last_chunk"}),
@@ -159,6 +206,19 @@ def test_a_model_that_sees_further_is_caught(make_run: Callable, monkeypatch: py
     proofs = prove(make_run(**TEXT))
     assert "future_flip" in failed(proofs)
     assert any(flip["bit_identical"] < flip["scores_before"] for flip in proofs["future_flip"]["flips"])
+
+
+@pytest.mark.parametrize("parity", [0, 1])
+def test_a_model_that_sees_further_at_every_other_place_is_caught(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch, parity: int
+) -> None:
+    class Sometimes(LooksAhead):
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+            ahead = torch.arange(x.size(1)) % 2 == parity
+            return torch.where(ahead.view(1, -1, 1), super().forward(x, ids), x)
+
+    monkeypatch.setattr(t, "SmearGate", functools.partial(Sometimes, distance=2))
+    assert "future_flip" in failed(prove(make_run(**TEXT)))
 
 
 def test_a_score_that_leaks_by_one_bit_is_caught(make_run: Callable) -> None:
@@ -217,9 +277,11 @@ def test_a_real_run_is_watched_from_its_start_and_proven_at_its_end(
     compliance = json.loads((tmp_path / "logs/a/compliance.json").read_text())
     result = json.loads((tmp_path / "logs/a/submission.json").read_text())
     assert compliance["passed"] is True and all(proof["passed"] for proof in compliance["proofs"].values())
-    assert {*compliance["proofs"]} == {*audit.PROBES, "files", "network"}
-    for key in ("artifact_sha256", "code_sha256", "settings", "seed", "run_id"):
+    assert {*compliance["proofs"]} == {*audit.PROBES, "artifact", "files", "network"}
+    for key in ("artifact_sha256", "code_sha256", "seed", "run_id"):
         assert compliance[key] == result[key]
+    paths = {name: value for name, value in result["settings"].items() if name.endswith("_path")}
+    assert compliance["settings"] | paths == result["settings"] and len(paths) == 2
     files = compliance["proofs"]["files"]
     assert files["phases_watched"] == ["setup", "preflight", "train", "export", "load", "score", "report"]
     assert files["shards_opened"].keys() == {"setup"} and len(files["shards_opened"]["setup"]) >= 2
@@ -238,6 +300,10 @@ kept = []
 def before(name, deed):
     original = getattr(t, name)
     setattr(t, name, lambda *arguments: (deed(), original(*arguments))[1])
+def wrap(name, deed):
+    original = getattr(t, name)
+    setattr(t, name, lambda run: (deed(run), original(run))[1])
+reload, report = t.reload, t.report
 def connect():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -248,12 +314,29 @@ deeds = dict(
     side_file=lambda: before("final_score", lambda: Path({root!r}, "README.md").read_bytes()),
     mapped=lambda: before("Trainer", lambda: kept.append(t.load_data_shard(train))),
     network=lambda: before("final_score", connect),
+    calibrate_on_val=lambda: wrap("export", lambda run: run.val.tokens.sum()),
+    unquantized=lambda: setattr(t, "reload", lambda run, path: reload(run._replace(model=t.GPT(run.h)), path)),
+    better=lambda: setattr(t, "report", lambda run, score, figures: report(run, score._replace(val_bpb=0.9), figures)),
     program=lambda: before("final_score", lambda: subprocess.run([sys.executable, "-c", ""], check=True)),
 )
 for deed in sys.argv[1:]:
     deeds[deed]()
 t.main()
 """
+
+
+@pytest.fixture
+def illegal_run(corpus: SimpleNamespace, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the script with deeds that break rules, under AUDIT=1."""
+
+    def run(*deeds: str) -> subprocess.CompletedProcess[str]:
+        environment = {n: v for n, v in os.environ.items() if n.lower() not in t.Hyperparameters.knobs()}
+        environment |= {"DATA_PATH": str(corpus.data_path), "TOKENIZER_PATH": str(corpus.tokenizer_path)}
+        environment |= {name: str(value) for name, value in SETTINGS.items()} | {"RUN_ID": "a"}
+        command = [sys.executable, "-c", ILLEGAL.format(root=str(ROOT)), *deeds]
+        return subprocess.run(command, env=environment, cwd=tmp_path, text=True, capture_output=True, check=False)
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -270,17 +353,14 @@ t.main()
                 "mapped into",
             ],
         ),
+        (["calibrate_on_val"], "files", [r"in memory \(.tokens\) was used in the phase export"]),
         (["network", "program"], "network", ["socket.bind while scoring", "subprocess.Popen while scoring"]),
     ],
 )
 def test_files_sockets_and_programs_in_the_wrong_phase_are_caught(
-    corpus: SimpleNamespace, tmp_path: Path, deeds: list[str], proof: str, evidence: list[str]
+    illegal_run: Callable, tmp_path: Path, deeds: list[str], proof: str, evidence: list[str]
 ) -> None:
-    environment = {n: v for n, v in os.environ.items() if n.lower() not in t.Hyperparameters.knobs()}
-    environment |= {"DATA_PATH": str(corpus.data_path), "TOKENIZER_PATH": str(corpus.tokenizer_path), "RUN_ID": "a"}
-    environment |= {name: str(value) for name, value in SETTINGS.items()}
-    command = [sys.executable, "-c", ILLEGAL.format(root=str(ROOT)), *deeds]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, text=True, capture_output=True, check=False)
+    done = illegal_run(*deeds)
     assert done.returncode != 0 and f"the audit failed ({proof})" in done.stderr, done.stdout + done.stderr
     compliance = json.loads((tmp_path / "logs/a/compliance.json").read_text())
     violations = compliance["proofs"][proof]["own_violations"]
@@ -290,17 +370,42 @@ def test_files_sockets_and_programs_in_the_wrong_phase_are_caught(
         assert any(re.search(pattern, text) for text in violations), (pattern, violations)
 
 
+@pytest.mark.parametrize(
+    ("deed", "says"),
+    [("unquantized", r"[1-9]\d* of \d+ tensors that were scored are not"), ("better", "ANOTHER score")],
+)
+def test_a_score_of_other_weights_and_a_report_of_another_score_are_caught(
+    illegal_run: Callable, tmp_path: Path, deed: str, says: str
+) -> None:
+    done = illegal_run(deed)
+    assert done.returncode != 0 and "the audit failed (artifact)" in done.stderr, done.stdout + done.stderr
+    proof = json.loads((tmp_path / "logs/a/compliance.json").read_text())["proofs"]["artifact"]
+    assert proof["passed"] is False and re.search(says, proof["says"]), proof
+
+
+def test_a_text_too_short_for_the_proofs_is_refused_before_the_training(run_script: Callable, tmp_path: Path) -> None:
+    done = run_script(**{**SETTINGS, "MAX_VAL_TOKENS": 130}, RUN_ID="a")
+    assert done.returncode != 0 and "AUDIT=1 needs a text of 3 windows of 64" in done.stderr
+    assert not (tmp_path / "logs").exists()
+
+
 def test_a_finished_run_is_audited_on_its_artifact(
     run_script: Callable, tmp_path: Path, corpus: SimpleNamespace
 ) -> None:
     done = run_script(**{**SETTINGS, "AUDIT": 0}, RUN_ID="a")
     assert done.returncode == 0 and not (tmp_path / "logs/a/compliance.json").exists()
     command = [sys.executable, str(ROOT / "records/audit.py"), "logs/a"]
-    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=False)
+    environment = os.environ | {"AUDIT": "1"}  # somebody's shell may still have it
+    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     compliance = json.loads((tmp_path / "logs/a/compliance.json").read_text())
     result = json.loads((tmp_path / "logs/a/submission.json").read_text())
     assert compliance["passed"] and compliance["artifact_sha256"] == result["artifact_sha256"]
     assert "training was not watched" in compliance["proofs"]["files"]["says"]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, "an audit can be repeated: " + done.stderr
+    (tmp_path / "logs/a/final_model.bin").write_bytes(b"broken")
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=False)
+    assert done.returncode == 1 and "is no artifact" in done.stderr and "did not get to its end" in done.stderr
     done = subprocess.run([*command[:2], "logs/b"], cwd=tmp_path, text=True, capture_output=True, check=False)
     assert done.returncode == 1 and "logs/b is no finished run" in done.stderr
