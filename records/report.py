@@ -83,7 +83,6 @@ FIELDS: dict[str, tuple[str, dict[str, type | tuple[type, ...]]]] = {
         "val_loss val_bpb num_targets num_bytes bytes_model bytes_code bytes_total eval_seconds",
         {"kind": str, "compliant": bool, "rule_breaks": dict, "code_sha256": str},
     ),
-    "audit": ("", {"passed": bool}),
 }
 # Numbers of a final event that an older log, or one without training, does not have.
 OPTIONAL = "steps train_seconds export_seconds preflight_seconds load_seconds eval_seconds_strict".split()
@@ -217,7 +216,7 @@ def read_run(folder: Path, name: str, index: int, alone: bool) -> Run:
     run = Run(name, index, alone, notes=notes)
     for event in events:
         kind = event["event"]
-        if kind in ("config", "final", "audit"):
+        if kind in ("config", "final"):
             if getattr(run, kind):
                 raise ReportError(f"{path} has two {kind} events: it holds two runs, give each its own folder")
             setattr(run, kind, event)
@@ -228,7 +227,24 @@ def read_run(folder: Path, name: str, index: int, alone: bool) -> Run:
     if events and not run.config or "raw" in run.scores and not run.train:
         raise ReportError(f"{path} has no {'train' if run.config else 'config'} event: its first lines are missing")
     note_missing(run, folder / "final_model.bin")
+    read_audit(run, folder / "compliance.json")
     return run
+
+
+def read_audit(run: Run, path: Path) -> None:
+    """Reads the verdicts of the audit of the run's artifact, where there is one."""
+    if not path.is_file() or not run.final:
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        audit = {str(name): bool(proof["passed"]) for name, proof in content["proofs"].items()}
+        audit["passed"] = content["passed"] is True and all(audit.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ReportError(f"{path} is no audit ({error!r:.80}): run `python records/audit.py {path.parent}`") from None
+    if content.get("artifact_sha256") == run.final.get("artifact_sha256"):
+        run.audit = audit
+    else:
+        run.notes.append("compliance.json is of another artifact, so it says nothing here")
 
 
 def note_missing(run: Run, path: Path) -> None:

@@ -35,7 +35,10 @@ import significance
 ROOT = Path(__file__).resolve().parent.parent
 SIZE_LIMIT, SEEDS_OF_A_RECORD = 16_000_000, 3
 OWN_SETTINGS = ("seed", "run_id", "audit", "device", "data_path", "tokenizer_path")  # may differ from run to run
-H100S = re.compile(r"^device:cuda \(NVIDIA H100\b[^)]*\) processes:8 ")
+# And those in which the audit of a finished run differs from that run.
+AUDIT_SETTINGS = (*OWN_SETTINGS, "eval_only", "export_only", "max_val_tokens", "attn_backend", "compile", "smoke")
+PROOFS = {"artifact", "future_flip", "sum_of_probabilities", "once_only", "last_chunk", "files", "network"}
+H100S = re.compile(r"^device:cuda \(NVIDIA H100 80GB HBM3\) processes:8 ")  # as torch names the SXM module
 WRAPPER = """# train_gpt_readable.py, packed: LZMA (with a checksum) + base85
 import base64, lzma
 exec(compile(lzma.decompress(base64.b85decode("%s")), "train_gpt_readable.py", "exec"))
@@ -61,7 +64,7 @@ class Run(NamedTuple):
 def pack(source: bytes) -> bytes:
     """Returns a script that unpacks itself and behaves as `source` does: `__file__`, and with it the number of bytes
     that counts, is the packed one's. Comments and docstrings stay: without them it would be 9 kB, 0.06%, smaller, and
-    nobody could compare it with the readable file byte by byte."""
+    nobody could compare it with the readable file byte by byte. Tracebacks name lines of the readable file."""
     packed = (WRAPPER % base64.b85encode(lzma.compress(source, preset=9 | lzma.PRESET_EXTREME)).decode()).encode()
     if unpack(packed) != source:
         raise AssertionError("the packed script does not hold its source")
@@ -96,21 +99,41 @@ def read_run(folder: Path) -> Run:
         result, compliance = (json.loads(blobs[name]) for name in ("submission.json", "compliance.json"))
         events = [json.loads(line) for line in blobs["metrics.jsonl"].splitlines()]
         stages = {str(e["stage"]): float(e["val_bpb"]) for e in events if e["event"] == "eval"}
-        for figure in ("val_loss", "val_bpb", "bytes_model", "eval_seconds", "eval_seconds_strict", "num_bytes"):
-            if not math.isfinite(float(result[figure])):
-                raise ValueError(f"{figure} is {result[figure]}")
-        texts = [result[name] for name in ("kind", "machine", "code_sha256", "artifact_sha256")]
-        if not all(isinstance(text, str) for text in texts) or not isinstance(result["rule_breaks"], dict):
-            raise TypeError("kind, machine and hashes are texts, rule_breaks is an object")
-        _ = result["settings"]["seed"], compliance["proofs"].items(), compliance["passed"], stages["averaged"]
+        finals = [{n: v for n, v in e.items() if n != "event"} for e in events if e["event"] == "final"]
+        check_types(result, compliance, stages)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refusal(f"{folder} holds no report that can be read ({error!r}): finish the run again") from None
+    if finals != [result] or len(blobs["final_model.bin"]) != result["bytes_model"]:
+        raise Refusal(f"{folder}: submission.json is not what metrics.jsonl and final_model.bin say: run it again")
     for name, key in (("train_gpt.py", "code_sha256"), ("final_model.bin", "artifact_sha256")):
         if hashlib.sha256(blobs[name]).hexdigest() != result[key]:
             raise Refusal(f"{folder / name} is not the file that was scored ({key} differs): it changed after the run")
         if compliance.get(key) != result[key]:
             raise Refusal(f"{folder / 'compliance.json'} is of another {name}: run `python records/audit.py {folder}`")
+    for name, value in result["settings"].items():
+        if name not in AUDIT_SETTINGS and compliance["settings"].get(name) != value:
+            raise Refusal(
+                f"{folder / 'compliance.json'} is of {name.upper()}={compliance['settings'].get(name)}, not {value}"
+            )
     return Run(folder, result, compliance, stages, blobs["train_gpt.py"], blobs["train.log"])
+
+
+def check_types(result: dict[str, Any], compliance: dict[str, Any], stages: dict[str, float]) -> None:
+    """Raises ValueError, KeyError or TypeError unless everything is there, of its type and finite."""
+    numbers = "val_loss val_bpb bytes_model eval_seconds eval_seconds_strict num_bytes".split()
+    numbers += "train_seconds steps step_avg_ms".split() if "train_seconds" in result else []
+    for value in (*(result[name] for name in numbers), *stages.values()):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{value} is no number")
+    seeds = {result["seed"], result["settings"]["seed"], compliance["seed"]}
+    if len(seeds) > 1 or type(result["seed"]) is not int or "averaged" not in stages:
+        raise ValueError(f"seeds {seeds}, stages {list(stages)}")
+    if not all(isinstance(result[name], str) for name in ("kind", "machine", "code_sha256", "artifact_sha256")):
+        raise TypeError("kind, machine and hashes are texts")
+    proofs = compliance["proofs"]
+    if not all(isinstance(part, dict) for part in (result["rule_breaks"], proofs, *proofs.values())):
+        raise TypeError("rule_breaks and proofs are objects")
+    json.dumps(compliance, allow_nan=False)
 
 
 def refusals(runs: list[Run], shipped: bytes) -> Iterable[str]:
@@ -118,8 +141,9 @@ def refusals(runs: list[Run], shipped: bytes) -> Iterable[str]:
     seeds = [run.result["seed"] for run in runs]
     for run in runs:
         result, total = run.result, len(shipped) + int(run.result["bytes_model"])
-        failed = [name for name, proof in run.compliance["proofs"].items() if proof.get("passed") is not True]
-        if run.compliance["passed"] is not True or failed:
+        proofs = run.compliance["proofs"]
+        failed = sorted(name for name in PROOFS | proofs.keys() if proofs.get(name, {}).get("passed") is not True)
+        if run.compliance.get("passed") is not True or failed:
             yield f"{run.folder}: the audit failed ({', '.join(failed)}): see its compliance.json"
         if result["kind"] == "ttt_pre" or "order" in result["rule_breaks"]:
             yield f"{run.folder}: TTT_MODE=pre trains on validation tokens before they are scored, no track takes that"
@@ -156,9 +180,9 @@ def booleans(runs: list[Run], shipped: bytes) -> dict[str, bool | None]:
     """Returns the `compliance` of submission.json, derived from figures and proofs; None where nobody has watched."""
 
     def proven(*names: str) -> bool:
-        return all(run.compliance["proofs"].get(name, {}).get("passed") is True for run in runs for name in names)
+        return all(run.compliance["proofs"][name]["passed"] is True for run in runs for name in names)
 
-    watched = all("train" in run.compliance["proofs"].get("files", {}).get("phases_watched", ()) for run in runs)
+    watched = all("train" in run.compliance["proofs"]["files"].get("phases_watched", ()) for run in runs)
     results = [run.result for run in runs]
     return {
         "train_under_600s": all(result["train_seconds"] <= 600 for result in results),
@@ -168,6 +192,7 @@ def booleans(runs: list[Run], shipped: bytes) -> dict[str, bool | None]:
         "score_first_ttt": proven("future_flip", "once_only", "last_chunk"),
         "normalized_over_vocabulary": proven("sum_of_probabilities"),
         "single_pass": proven("once_only"),
+        "scored_weights_are_the_files": proven("artifact"),
         "no_pre_quant_ttt": proven("files") if watched else None,
         "no_network_in_scoring": proven("network"),
     }
@@ -283,7 +308,7 @@ def commands_of(runs: list[Run]) -> list[str]:
     defaults = {name: default for name, default in knob_defaults(runs[0])}
     changed = {name: value for name, value in runs[0].result["settings"].items() if defaults.get(name) != value}
     text = {name: str(int(v) if isinstance(v, bool) else v) for name, v in changed.items()}
-    skip = ("seed", "run_id", "audit")
+    skip = ("seed", "run_id", "audit", *(name for name in text if name.endswith("_path") and text[name][:1] == "/"))
     given = " ".join(f"{name.upper()}={shlex.quote(value)}" for name, value in text.items() if name not in skip)
     processes = re.search(r" processes:(\d+)", runs[0].result["machine"])
     start = f"torchrun --standalone --nproc_per_node={processes[1] if processes else 8} train_gpt.py"
@@ -291,7 +316,12 @@ def commands_of(runs: list[Run]) -> list[str]:
     lines = ["## Run it", "", "```bash", "pip install -r requirements.txt"]
     lines += [" ".join(filter(None, (f"SEED={seeds[0]}", given, start)))]
     lines += [f"# and the same with SEED={', SEED='.join(seeds[1:])}"] if seeds[1:] else []
-    return [*lines, "```", "", "Data and tokenizer are looked for in the folders above this one, too.", ""]
+    lines += [
+        "```",
+        "",
+        "DATA_PATH and TOKENIZER_PATH, where they are not given, are looked for in the folders above this",
+    ]
+    return [*lines, "one, too.", ""]
 
 
 def knob_defaults(run: Run) -> Iterable[tuple[str, Any]]:
@@ -337,6 +367,14 @@ def files_of(runs: list[Run], shipped: bytes, source: bytes) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------- the folder
 
 
+def is_date(text: str) -> bool:
+    """Returns whether a text is a day as YYYY-MM-DD."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 def slug(name: str) -> str:
     """Returns a name as part of a folder's name."""
     return re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("_.")
@@ -371,7 +409,7 @@ def write_folder(runs: list[Run], options: argparse.Namespace) -> Path:
         files["README.md"] = readme(runs, content, shipped, source).encode()
         for run in runs:
             files[f"train_seed{run.result['seed']}.log"] = run.log
-            compliance = json.dumps(run.compliance, indent=2) + "\n"
+            compliance = json.dumps(run.compliance, indent=2, allow_nan=False) + "\n"
             files[f"compliance_seed{run.result['seed']}.json"] = compliance.encode()
         for name, data in files.items():
             (part / name).write_bytes(data)
@@ -400,13 +438,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     try:
-        if not re.fullmatch(r"\d{4}-\d\d-\d\d", options.date) or not slug(options.name):
-            raise Refusal(
-                f"--date {options.date} --name {options.name}: use YYYY-MM-DD and a name with letters or digits"
-            )
+        if not is_date(options.date) or not 0 < len(slug(options.name)) <= 100:
+            raise Refusal(f"--date {options.date} --name {options.name}: use YYYY-MM-DD and 1 to 100 letters or digits")
         runs = [read_run(folder) for folder in options.runs]
         folder = write_folder(sorted(runs, key=lambda run: run.result["seed"]), options)
-    except ValueError as error:  # Refusal, and what significance.py cannot use
+    except (ValueError, OSError) as error:  # Refusal, what significance.py cannot use, a full disk
         sys.exit(f"submit.py: error: {error}")
     content = json.loads((folder / "submission.json").read_text())
     print(f"{folder}: {content['val_bpb']:.6f} bpb over {len(runs)} seeds, {content['bytes_total']:,} bytes at most")

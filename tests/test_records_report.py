@@ -368,12 +368,27 @@ def test_a_run_keeps_the_rules_only_if_its_audit_did_not_fail(
 ) -> None:
     events = write_run(tmp_path / "a")
     events[-1] |= {"compliant": compliant, "rule_breaks": {} if compliant else {"size": "too big"}}
-    proofs = {"event": "audit", "passed": audit, "future_flip": audit, "network": True}
-    write_events(tmp_path / "a", events + ([] if audit is None else [proofs]))
+    events[-1] |= {"artifact_sha256": "5b4b"}
+    write_events(tmp_path / "a", events)
+    proofs = {"future_flip": {"passed": audit}, "network": {"passed": True}}
+    if audit is not None:
+        content = {"passed": audit, "proofs": proofs, "artifact_sha256": "5b4b"}
+        (tmp_path / "a/compliance.json").write_text(json.dumps(content))
     kept, says = report.read_runs([str(tmp_path / "a")])[0].verdict()
     assert kept == ("yes" if compliant and audit is not False else "no")
     told = {None: [], True: ["audit passed"], False: ["audit failed: future_flip"]}[audit]
     assert says == ([] if compliant else ["too big"]) + told
+
+
+def test_an_audit_of_another_artifact_says_nothing_and_a_broken_one_is_an_error(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    (tmp_path / "a/compliance.json").write_text('{"passed": true, "proofs": {}, "artifact_sha256": "another"}')
+    (run,) = report.read_runs([str(tmp_path / "a")])
+    assert run.audit == {} and "compliance.json is of another artifact" in run.notes[-1]
+    for text in ("{", "[]", '{"passed": true}', '{"passed": true, "proofs": {"x": 5}}', "[" * 100_000):
+        (tmp_path / "a/compliance.json").write_text(text)
+        with pytest.raises(report.ReportError, match="compliance.json is no audit"):
+            report.read_runs([str(tmp_path / "a")])
 
 
 # ---------------------------------------------------------------------------------------------------- what is missing

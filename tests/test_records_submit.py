@@ -58,7 +58,7 @@ def make(audited: Path, tmp_path: Path) -> Callable[..., Path]:
         folder = tmp_path / f"logs/s{seed}"
         shutil.copytree(audited, folder)
         result, compliance = (json.loads((folder / f"{n}.json").read_text()) for n in ("submission", "compliance"))
-        result["seed"] = result["settings"]["seed"] = compliance["seed"] = seed
+        result["seed"] = result["settings"]["seed"] = compliance["seed"] = compliance["settings"]["seed"] = seed
         log = (folder / "train.log").read_text()
         if h100:
             # 151,060,000 bytes in 62,021,632 targets, as the challenge's text has them.
@@ -72,10 +72,17 @@ def make(audited: Path, tmp_path: Path) -> Callable[..., Path]:
             log = re.sub(r"^device:.*$", H100, re.sub(r"^final_exact.*$", final, log, flags=re.M), flags=re.M)
         if change:
             change(result, compliance)
+        if result["bytes_model"] == 15_990_000:
+            (folder / "final_model.bin").write_bytes(bytes(15_990_000))
+            digest = hashlib.sha256(bytes(15_990_000)).hexdigest()
+            result["artifact_sha256"] = compliance["artifact_sha256"] = digest
         for content in (result, compliance):
             content["code_sha256"] = hashlib.sha256(script).hexdigest()
         (folder / "train_gpt.py").write_bytes(script)
         (folder / "train.log").write_text(log)
+        events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        events = [event for event in events if event["event"] != "final"] + [{"event": "final", **result}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
         (folder / "submission.json").write_text(json.dumps(result))
         (folder / "compliance.json").write_text(json.dumps(compliance))
         return folder
@@ -120,12 +127,12 @@ def test_a_packed_script_holds_its_source_byte_for_byte_and_parses_on_every_pyth
         ast.parse(text, feature_version=(3, 10))
         assert check.newer_fstring(text.decode()) == 0
     for version in ("3.10", "3.11", "3.12", "3.13"):
-        if interpreter := shutil.which(f"python{version}"):
+        interpreter = shutil.which(f"python{version}")
+        if interpreter and subprocess.run([interpreter, "-c", ""], capture_output=True, check=False).returncode == 0:
             (tmp_path / "packed.py").write_bytes(packed)
             command = "import ast, sys; ast.parse(open(sys.argv[1]).read()); ast.parse(open(sys.argv[2]).read())"
             files = [str(tmp_path / "packed.py"), str(ROOT / "train_gpt.py")]
-            done = subprocess.run([interpreter, "-c", command, *files], capture_output=True, text=True, check=False)
-            assert done.returncode == 0 or "pyenv" in done.stderr, done.stderr
+            subprocess.run([interpreter, "-c", command, *files], check=True)
 
 
 def test_a_packed_script_loads_as_the_readable_one_does_and_counts_its_own_bytes(tmp_path: Path) -> None:
@@ -196,9 +203,7 @@ def test_three_seeds_become_a_complete_folder_whose_figures_are_those_of_the_run
     text = (folder / "README.md").read_text()
     assert f"**val_bpb: {content['val_bpb']:.6f}**" in text and "not a record" not in text and "What is new." in text
     assert all(f"| {seed} | 4 | " in text and f"{results[seed]['val_bpb']:.6f}" in text for seed in (1, 2, 3))
-    assert str(tmp_path) not in "".join(path.read_text() for path in folder.glob("[Rsc]*.[mj]*")).replace(
-        str(results[1]["settings"]["data_path"]), ""
-    ).replace(str(results[1]["settings"]["tokenizer_path"]), "")
+    assert "/corpus" not in text and "/corpus" not in (folder / "compliance_seed1.json").read_text()  # nobody's paths
     _, findings = check.audit(folder)
     assert [f for f in findings if f.severity != "note"] == []
 
@@ -245,20 +250,37 @@ def edit(path: str, value: Any) -> Callable:
     return change
 
 
+def both(path: str, value: Any) -> Callable:
+    """A change of the run's result and of its compliance alike."""
+    return lambda *contents: [edit(f"{which}/{path}", value)(*contents) for which in "rc"]
+
+
+def resize(result: dict, compliance: dict) -> None:
+    result["bytes_model"] = 15_990_000  # `make` writes as many bytes
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (edit("r/kind", "ttt_pre"), "trains on validation tokens before they are scored"),
         (edit("r/rule_breaks", {"order": "TTT_MODE=pre"}), "trains on validation tokens before they are scored"),
         (
-            edit("r/bytes_model", 15_990_000),
+            resize,
             r"code \+ model are 16,0\d\d,\d\d\d bytes, over 16,000,000: raise QUANT_FLOOR",
         ),
         (edit("c/passed", False), r"the audit failed"),
         (edit("c/proofs/once_only/passed", False), r"the audit failed \(once_only\)"),
         (edit("c/proofs/once_only/passed", "yes"), r"the audit failed \(once_only\)"),
+        (edit("c/proofs", {}), r"the audit failed \(artifact, files, future_flip, "),
+        (edit("c/proofs/once_only", None), "holds no report that can be read"),
+        (edit("c/settings/ttt_enabled", False), "compliance.json is of TTT_ENABLED=False, not True"),
+        (edit("c/seed", 99), "holds no report that can be read"),
+        (edit("r/settings/seed", 99), "holds no report that can be read"),
+        (edit("r/seed", "../../x"), "holds no report that can be read"),
+        (edit("r/step_avg_ms", None), "holds no report that can be read"),
+        (edit("r/bytes_model", 1000), "is not what metrics.jsonl and final_model.bin say"),
         (edit("r/settings/eval_only", "some.bin"), "did not train"),
-        (edit("r/settings/matrix_lr", 0.5), "MATRIX_LR=0.5, 0.027 in .*s1: make them equal"),
+        (both("settings/matrix_lr", 0.5), "MATRIX_LR=0.5, 0.027 in .*s1: make them equal"),
         (edit("r/artifact_sha256", "0" * 64), "final_model.bin is not the file that was scored"),
         (edit("c/artifact_sha256", "0" * 64), "compliance.json is of another final_model.bin"),
         (edit("r/val_bpb", "low"), "holds no report that can be read"),
@@ -296,7 +318,7 @@ def test_an_incomplete_run_is_refused(make: Callable, tmp_path: Path, name: str,
 
 def test_a_changed_script_or_artifact_is_refused(make: Callable, tmp_path: Path) -> None:
     run = make(1)
-    (run / "final_model.bin").write_bytes(b"another")
+    (run / "final_model.bin").write_bytes(bytes((run / "final_model.bin").stat().st_size))
     assert "final_model.bin is not the file that was scored (artifact_sha256 differs)" in refused(tmp_path, run)
 
 
@@ -324,7 +346,9 @@ def test_a_folder_is_never_overwritten(make: Callable, tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize(("option", "value"), [("date", "today"), ("date", "2026-4-1"), ("name", "../..")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("date", "today"), ("date", "2026-13-99"), ("name", "../.."), ("name", "n" * 300)]
+)
 def test_a_name_or_date_that_makes_no_folder_is_refused(
     make: Callable, tmp_path: Path, option: str, value: str
 ) -> None:
@@ -333,7 +357,8 @@ def test_a_name_or_date_that_makes_no_folder_is_refused(
 
 def test_text_of_the_user_cannot_break_out_of_the_folder_or_the_shell(make: Callable, tmp_path: Path) -> None:
     def hostile(result: dict, compliance: dict) -> None:
-        result["settings"]["fp16_keep_name_patterns"] = "$(touch pwned); `id`"
+        for content in (result, compliance):
+            content["settings"]["fp16_keep_name_patterns"] = "$(touch pwned); `id`"
         compliance["proofs"]["network"]["says"] = "<script>alert(1)</script> | x"
 
     folder = package(tmp_path, make(1, hostile), name="../etc/x y", blurb="b")
@@ -342,3 +367,17 @@ def test_text_of_the_user_cannot_break_out_of_the_folder_or_the_shell(make: Call
     assert "FP16_KEEP_NAME_PATTERNS='$(touch pwned); `id`'" in text
     (row,) = (line for line in text.splitlines() if line.startswith("| 1 | network |"))
     assert "alert(1)" in row and "<script>" not in row and row.count("|") == 5
+
+
+@pytest.mark.parametrize("machine", [H100.replace("80GB HBM3", "PCIe"), H100.replace("processes:8", "processes:1")])
+def test_other_h100s_are_not_the_challenges(make: Callable, tmp_path: Path, machine: str) -> None:
+    folder = package(tmp_path, *(make(seed, edit("r/machine", machine), h100=True) for seed in (1, 2, 3)))
+    content = json.loads((folder / "submission.json").read_text())
+    assert content["track"] == "non_record_16mb" and content["hardware"] == machine.partition(" dtype:")[0]
+    assert content["why_no_record"] == [f"trained on {content['hardware']}, not on 8 H100s"]
+
+
+def test_the_audit_that_is_asked_for_is_the_one_that_is_made() -> None:
+    import audit
+
+    assert submit.PROOFS == {*audit.PROBES, "artifact", "files", "network"}
