@@ -56,6 +56,7 @@ RULES = {
     "T4": ("reject", "one configuration for all seeds, no forced stop, 600 s, 8 processes", "R3, #2124, #1908"),
     "M1": ("reject", "tokens x loss / (ln 2 x bpb) is the validation text's number of bytes", "R8, #1719, #2071"),
     "M2": ("reject", "the whole validation split is scored", "R14, #2109"),
+    "M3": ("reject", "a leading space is counted once, not in the table of bytes and beside it", "R8, #1719"),
     "M5": ("warn", "the same training shards for every seed, not one of 80", "#363"),
     "M6": ("reject", "no signature of a data preparation that leaks validation text", "R5, #2018, #2127, #2130"),
     "H1": ("reject", "the headline follows from the logs, the README states it", "R7, R9, #86, #1334, #2118"),
@@ -75,7 +76,7 @@ RULES = {
     "P4": ("warn", "variables of the README's commands are read by the script", "#549, #1787, #1855"),
     "P5": ("note", "no traps: dataclass, silent codec, unnamed requirements", "R10, #840, #274"),
     "D1": ("note", "the names that automated reviewers look for", "#1741, #420"),
-    "X1": ("warn", "every rule of this program ran (else it is a fault of the program)", "records/check.py"),
+    "X1": ("reject", "the folder was read and every rule ran (else it is this program's fault)", "records/check.py"),
 }
 SIZE_LIMIT, TIME_LIMIT = 16_000_000, 600.0
 SIZE_MARGIN = 10_000  # bytes: the model's size moves by +-5 kB from run to run (#1978)
@@ -86,7 +87,10 @@ LAUNCH_BYTES = 155.77e6  # of the baseline of launch day, an older export of the
 TOKENS_PER_BYTE = {"sp1024": 0.41052, "sp4096": 0.30125, "sp8192": 0.26834, "CaseOps": 0.31674, "byte260": 1.0}
 LEAK_SHARDS = 1499
 WORSE = 0.0005  # bits per byte: less is the noise of a seed
+NEAR_SEED = 0.003  # bits per byte: a seed alone is no farther from the mean of several
+MAX_BPB = 20.0  # more is no score
 MAX_TEXT, MAX_SOURCE, MAX_LINE = 4_000_000, 1_000_000, 20_000  # bytes of a text, of an unpacked script, of a line
+MAX_PARSED, MAX_COMMANDS = 2_000, 200_000  # of a log's line, of a README, that regular expressions see
 
 
 @dataclass
@@ -113,6 +117,7 @@ class Score:
     kind: str  # final: of the stored model; diagnostic: of it, on the way; unquantized: before it; training: at a step
     seconds: float | None = None
     file: str = ""
+    num_bytes: float | None = None  # that a mixture of byte distributions counted
 
 
 @dataclass
@@ -125,7 +130,7 @@ class Log:
     config: dict[str, tuple[str, int]] = field(default_factory=dict)
     dumped: bool = False  # the settings are a complete dump
     seed: int | None = None
-    epochs: list[int] = field(default_factory=list)  # lines of training epochs at test time
+    epochs: list[tuple[int, str, int]] = field(default_factory=list)  # of adaptation: line, name, number
 
     def get(self, name: str) -> float | None:
         """Returns the last value of a field, None where the log has none."""
@@ -245,21 +250,40 @@ def list_files(folder: Folder) -> list[str]:
     return found
 
 
+def choose_readme(folder: Folder, names: list[str]) -> tuple[str, str]:
+    """Returns name and text of README.md; without one, of the README that states the score; of none, the last one."""
+    names.sort(key=lambda name: (name == "README.md", name.lower().endswith(".md"), name), reverse=True)
+    names = names[: 1 if "README.md" in names else 5]
+    texts = [(name, guarded(folder, name, read_text, "")) for name in names]
+    claimed = bpb_of(folder.submission)
+    told = [entry for entry in texts if claimed is not None and states(entry[1], claimed, 4)]
+    return (told or texts or [("", "")])[0]
+
+
+def stated(text: str) -> list[tuple[float, int]]:
+    """Returns the figures of a text that may be scores, with their decimals."""
+    return [(float(m[0]), len(m[0]) - 2) for m in re.finditer(r"(?<![\d.])[0-3]\.\d{3,10}(?![\d.])", text)]
+
+
+def states(text: str, claimed: float, least: int = 3) -> bool:
+    """Returns whether a text has a figure, with so many decimals at least, as rounded there."""
+    return any(d >= least and abs(v - claimed) <= max(tolerance(claimed, d), 1e-5) for v, d in stated(text))
+
+
 def read_folder(path: Path) -> Folder:
     """Returns all that is read of a folder. What cannot be read is among its findings."""
     folder = Folder(path)
     folder.files = list_files(folder)
     top = [name for name in folder.files if "/" not in name]
-    readmes = [name for name in top if re.search(r"readme(?:\.\w+)?$", name, re.I)]
-    if readmes:
-        name = min(readmes, key=lambda name: (name != "README.md", not name.lower().endswith(".md"), name))
-        folder.readme = name, guarded(folder, name, read_text, "")
     read_submission(folder, top)
+    folder.readme = choose_readme(folder, [name for name in top if re.search(r"readme(?:\.\w+)?$", name, re.I)])
     read_logs(folder, top)
     read_scripts(folder, top)
-    place = path.resolve().parent.name.lower()
-    own = " ".join(str(folder.submission.get(key, "")) for key in ("track", "name", "submission_type", "category"))
-    folder.record = "non" not in place.split("_") and not re.search(r"non.?record|unlimited|ablation", own, re.I)
+    place, said = path.resolve().parent.name.lower(), folder.submission
+    own = " ".join(str(said.get(key, "")) for key in ("track", "submission_type", "category"))
+    other = re.search(r"non.?record|unlimited|ablation", own, re.I)
+    other = other or re.match(r"\W*non[- _]?record", str(said.get("name", "")), re.I)
+    folder.record = "non" not in place.split("_") and not other
     folder.audits = {name: read_json(folder, name) for name in top if re.fullmatch(r"compliance\w*\.json", name)}
     choose_scores(folder)
     return folder
@@ -267,6 +291,7 @@ def read_folder(path: Path) -> Folder:
 
 # ================================================ 3  LOGS =============================================================
 COUNT, DECIMAL = r"(\d[\d,_]*)", r"(\d+(?:\.\d+)?)"
+NOT_DENIED = r"(?!.{0,400}(?:\b(?:no|not|never|without)\b|n't\b))"
 # field, pattern, scale, an example of the dialect
 FIELDS = [
     ("seed", rf"^\s*seed\s*[:=]\s*{COUNT}\s*$", 1, "seed:1337"),
@@ -276,24 +301,28 @@ FIELDS = [
     ("world_size", rf"^params:.*\bws:{COUNT}", 1, "params:73685840 L:10 … ws:8 ga:1 s:1337"),
     ("world_size", rf"^device:.*\bprocesses:{COUNT}", 1, "device:cuda (H100) processes:8 …"),
     ("val_tokens", rf"\bval_tokens\s*[:=]\s*{COUNT}", 1, "val_tokens: 40540160"),
-    ("val_tokens", rf"\bval_loader:.*\btokens\s*[:=]\s*{COUNT}", 1, "val_loader:shards pattern=… tokens:62021632"),
+    ("val_tokens", rf"\bval_loader:.{{0,400}}\btokens\s*[:=]\s*{COUNT}", 1, "val_loader:shards … tokens:62021632"),
     ("val_tokens", rf"^validation: \d+ shards, {COUNT} targets", 1, "validation: 1 shards, 64,768 targets …"),
     ("train_shards", rf"\btrain_shards\s*[:=]\s*{COUNT}", 1, "train_shards: 80"),
     ("train_shards", rf"^training: {COUNT} shards", 1, "training: 80 shards, 8,000,000,000 tokens, …"),
-    ("stop_s", rf"\bstopping_early\b.*train_time\s*[:=]\s*{DECIMAL}\s*ms", 1e-3, "stopping_early: … train_time: 588ms"),
+    ("stop_s", rf"\bstopping_early.{{0,200}}train_time\s?[:=]\s?{DECIMAL}\s*ms", 1e-3, "stopping_early train_time:1ms"),
     ("stop_s", rf"^trained:.*train_time:{DECIMAL}ms", 1e-3, "trained: steps:150 train_time:97105ms …"),
+    ("step", rf"^(?:step:?\s?)?{COUNT}/\d+:? train_loss", 1, "500/20000 train_loss: 3.3 …"),
+    ("stop_s", rf"^Training complete in {DECIMAL}s \(", 1, "Training complete in 590s (1857 steps)"),
     ("train_s", rf"\btrain_time\s*[:=]\s*{DECIMAL}\s*ms", 1e-3, "step:10/9000 train_loss:6.2 train_time:816ms"),
     ("train_s", rf"^step:\d+/\d+ .*\bt:{DECIMAL}ms", 1e-3, "step:500/50000 loss:3.1 t:77000ms avg:155.3ms"),
-    ("calibration_s", rf"(?i)\bcollected\b.*hessian.* in {DECIMAL}\s*s\b", 1, "GPTQ:collected 67 Hessians in 12.7s"),
-    ("calibration_s", rf"(?i)\bgptq\b.*\b(?:done|took|finished)\D*{DECIMAL}\s*s\b", 1, "gptq:done in 239.9s"),
-    ("calibration_s", rf"(?i)\bcalibration (?:done|took|time)\D*{DECIMAL}\s*s\b", 1, "calibration took 9.1 s"),
-    ("selfgen", r"(?i)^gptq\b.*(?:autoregressive|self-?gen|generated \d+ seq)()", 1, "gptq:collected … (AR self-gen)"),
-    ("val_calibration", r"(?i)^(?:gptq|awq)\b.*calibrat.*\busing val()", 1, "gptq:calibrating … (using val data)..."),
+    ("calibration_s", rf"(?i)\bcollected .{{0,99}}hessian.{{0,99}} in {DECIMAL}s\b", 1, "collected 6 Hessians in 1s"),
+    ("calibration_s", rf"(?i)\bgptq\b.{{0,200}}\b(?:done|took|finished)\D{{0,40}}{DECIMAL}\s*s\b", 1, "gptq done 9s"),
+    ("calibration_s", rf"(?i)\bcalibration (?:done|took|time)\D{{0,40}}{DECIMAL}\s*s\b", 1, "calibration took 9.1 s"),
+    ("selfgen", r"(?i)^gptq\b.{0,200}(?:autoregressive|self-?gen|generated \d+ seq)()", 1, "gptq:… (AR self-gen)"),
+    ("val_calibration", rf"(?i)^(?:gptq|awq)\b{NOT_DENIED}.{{0,200}}calibrat.{{0,200}}\busing val(?:idation)?\b()", 1,
+     "gptq:calibrating with 64 batches (using val data)..."),
     ("code_packed", rf"(?i)\bcode[ _]size \(compressed\)\s*[:=]\s*{COUNT}", 1, "Code size (compressed): 31999 bytes"),
     ("code", rf"(?i)\bcode[ _]size(?: \(uncompressed\))?\s*[:=]\s*{COUNT}", 1, "Code size: 64415 bytes"),
     ("code", rf"^artifact:.*\bcode:{COUNT}", 1, "artifact:15.60MB binary:… fp:… code:70399"),
     ("model", rf"(?i)^serialized[ _]model[ _]\S[^:]*:\s*{COUNT} bytes", 1, "Serialized model int6+zlib: 1 bytes"),
     ("model", rf"^artifact: model {COUNT} \+ code", 1, "artifact: model 965,568 + code = 1,061,031 bytes of …"),
+    ("model", rf"^Artifact:\s*{COUNT} bytes", 1, "Artifact: 15,417,768 bytes (14.70 MB)"),
     ("total", rf"(?i)\btotal submission size \S[^:]*:\s*{COUNT} bytes", 1, "Total submission size int6+lzma: 1 bytes"),
     ("total", rf"^artifact: model .*= {COUNT} bytes of", 1, "artifact: model 965,568 + code = 1,061,031 bytes of …"),
     ("total", rf"^budget:\s*{COUNT}/\d+", 1, "budget:15670651/16000000 (15.67/16.00MB) FITS"),
@@ -303,13 +332,16 @@ FIELDS = [
     ("breaks", r"\bcompliant:0()\s*$", 1, "final_exact … total_bytes:1061031 compliant:0"),
 ]  # fmt: skip
 PATTERNS = [(name, re.compile(pattern), scale) for name, pattern, scale, _ in FIELDS]
-STEP_PATTERNS = [entry for entry in PATTERNS if entry[0] == "train_s"]
+STEP_PATTERNS = [entry for entry in PATTERNS if entry[0] in ("train_s", "step")]
 LOSS = re.compile(r"\bval[_ ]loss\s*[:=]\s*(\d+\.\d+)", re.I)
-BPB = re.compile(r"\bval[_ ]bpb\s*[:=]\s*\**(\d+\.\d+)", re.I)
+BPB = re.compile(r"\b(val[_ ]bpb|\w{0,40}mix_bpb|(?:EMA|Quantized) BPB \([^()]{1,20}\))\s*[:=]\s*\**(\d+\.\d+)", re.I)
+MIXTURE = re.compile(r"ppm|n_?gram|(?:^|_)mix(?:er|ture)?(?:_|\b)", re.I)  # of distributions over bytes
+MIXED_BYTES = re.compile(r"\b(?:N_sidecar_)?bytes=(\d{1,15})\b")
 EVAL_TIME = re.compile(rf"\b(?:eval_)?time\s*[:=]\s*{DECIMAL}\s*(ms|s)\b")
 WORTH = re.compile(  # once training has begun, all other lines say nothing that is looked for
-    r"val[_ ](?:bpb|tokens|loader)|seed|shards|stopping|trained:|train_time|\bt:\d|hessian|gptq|awq|calibration|code"
-    r"|total|serialize|artifact|budget|compile|decompress|compliant|epoch|hyperparameters|running py|^run: ",
+    r"bpb|val[_ ](?:tokens|loader)|complete in|seed|shards|stopping|trained:|train_time|\bt:\d|hessian|gptq|awq"
+    r"|calibration|code|total|serialize|artifact|budget|compile|decompress|compliant|epoch|hyperparameters|running py"
+    r"|^run: ",
     re.I)  # fmt: skip
 # A log may begin with the script itself: its lines have quotes, comments, assignments.
 SOURCE = re.compile(r"""["#]|\(f?'|^\s*f?'|^\s*[\w.]+ = |^\s*(?:def|class|import|from|return|if|for)\b|:$""")
@@ -318,8 +350,9 @@ STAMP = re.compile(
 )
 STEP = re.compile(r"^(?:step|iter\w*|it|epoch)\b\s*[:=]?\s*\d|^\d+\s*/\s*\d+", re.I)
 PROGRESS = re.compile(r"chunk|\[\d+/\d+\]|\bbatch\b|\bphase\b|progress|running|partial|warm.?up|\bso far\b", re.I)
-UNQUANTIZED = re.compile(r"pre[-_ ]?quant|post[-_ ]?(?:ema|swa|train)|\braw\b|^averaged|unquantized", re.I)
-EPOCH = re.compile(r"(?:ttt|adapt).*?epoch\s*[:=]?\s*\d+\s*/\s*\d+.*\bloss", re.I)
+UNQUANTIZED = re.compile(r"pre[-_ ]?quant|post[-_ ]?(?:ema|swa|train)|^EMA BPB|\braw\b|^averaged|unquantized", re.I)
+EPOCH = re.compile(  # a chunk that is named before the epoch is adapted to alone, as one after scoring it is
+    r"\W{0,8}([\w-]{0,40}(?:ttt|adapt)[\w-]{0,40}?)[:\s_]{0,3}epoch\s?[:=]?\s?(\d{1,6})\s?/\s?\d", re.I)  # fmt: skip
 RESTART = re.compile(r"^(?:Running Py|Hyperparameters:|val_bpb:enabled|run: )")  # another run, appended to the same log
 DUMPED = re.compile(r"^\s{2,}(\w+)\s*:(?:\s(.*))?$")  # a line of the dump that "Hyperparameters:" begins
 PAIRS = re.compile(r"\w+[:=][^\s:=]+(?:\s+\w+[:=][^\s:=]+)*")  # embed_lr:0.035 …, also with =
@@ -380,28 +413,31 @@ def parse_log(path: Path) -> Log:
 
 def parse_line(log: Log, line: str, count: int, header: bool) -> None:
     """Adds what one line says to the log; lines of steps, which are most of them, have a time and maybe a score."""
+    settings, line = line, line[:MAX_PARSED]
     for name, pattern, scale in STEP_PATTERNS if STEP.match(line) else PATTERNS:
         if match := pattern.search(line):
             log.values[name].append((float(match[1].replace(",", "").replace("_", "")[:18] or 1) * scale, count))
-    bpb, loss = BPB.search(line), LOSS.search(line)
-    if bpb:
+    bpb, loss, epoch = BPB.search(line), LOSS.search(line), EPOCH.match(line)
+    if epoch:
+        log.epochs.append((count, epoch[1].strip("_").lower(), int(epoch[2])))
+    if bpb and float(bpb[2]) <= MAX_BPB:
         label = line[: min(match.start() for match in (bpb, loss) if match)].strip(" \t:|-=>*")
         if PROGRESS.search(label):
             return
-        kind = "training" if STEP.match(label) else "unquantized" if UNQUANTIZED.search(label) else "final"
+        label = label if bpb[1].lower() in ("val_bpb", "val bpb") else f"{label} {bpb[1]}".strip()
+        kind = "unquantized" if UNQUANTIZED.search(label) else "final"
         kind = "diagnostic" if kind == "final" and label.lower().startswith("diagnostic") else kind
-        digits = len(bpb[1].partition(".")[2]), len(loss[1].partition(".")[2]) if loss else 0
-        took = EVAL_TIME.search(line)
+        kind = "training" if epoch or STEP.match(label) else kind
+        digits = len(bpb[2].partition(".")[2]), len(loss[1].partition(".")[2]) if loss else 0
+        took, mixed = EVAL_TIME.search(line), MIXED_BYTES.search(line)
         seconds = (float(took[1]) * (1e-3 if took[2] == "ms" else 1) if took else 0.0) or None  # 0ms was not measured
-        value = float(loss[1]) if loss else None
-        log.scores.append(Score(label[-80:], float(bpb[1]), value, digits, count, kind, seconds))
-    elif EPOCH.search(line):
-        log.epochs.append(count)
+        value, num_bytes = float(loss[1]) if loss else None, float(mixed[1]) if mixed else None
+        log.scores.append(Score(label[-80:], float(bpb[2]), value, digits, count, kind, seconds, "", num_bytes))
     elif header and PAIRS.fullmatch(line):
         pairs = (re.split("[:=]", pair, maxsplit=1) for pair in line.split())
         log.config.update({key.lower(): (value, count) for key, value in pairs})
     elif line.startswith("settings (defaults):"):
-        log.config.update({key.lower(): (value, count) for key, value in SETTING.findall(line)})
+        log.config.update({key.lower(): (value, count) for key, value in SETTING.findall(settings)})
 
 
 # ============================================ 4  SUBMISSION.JSON ======================================================
@@ -442,6 +478,13 @@ def bpb_of(entry: dict[str, Any]) -> float | None:
 def bytes_of(entry: dict[str, Any]) -> float | None:
     """Returns the bytes of the artifact that submission.json gives for a seed."""
     return first(entry, "artifact_bytes", "bytes_total", "total_bytes", "submission_bytes", "artifact_size_bytes")
+
+
+def seconds_of(entry: dict[str, Any], *names: str) -> float | None:
+    """Returns the first of some times that submission.json gives for a seed, in seconds."""
+    units = (("_s", 1.0), ("_seconds", 1.0), ("_ms", 1e-3))
+    found = (value * scale for n in names for u, scale in units if (value := number(entry.get(n + u))) is not None)
+    return next(found, None)
 
 
 def tolerance(claimed: float, decimals: int = 8) -> float:
@@ -515,7 +558,9 @@ TEXT_CODES = {code.__name__: code for code in (base64.b85decode, base64.a85decod
 LOADERS = re.compile(
     r"exec|eval|run_path|run_module|import_module|__import__|spec_from_file_location|SourceFileLoader|CDLL|load_library"
     r"|load|load_inline")  # fmt: skip
-LOADABLE = re.compile(r"\.(?:py|pyc|so|cpp|cu|cc|c|dll|pyd)$")
+RUNNERS = re.compile(r"\b(?:exec|CDLL|subprocess|runpy|import_module)\b")
+LOADABLE = re.compile(r"\.(?:py|pyc|so|cpp|cu|cc|c|dll|pyd|xz|br|zip|b85|bin)$")
+DATA = re.compile(r"model|weight|checkpoint|fineweb|train_|val_|token|quant.*\.bin$")
 
 
 def read_scripts(folder: Folder, top: list[str]) -> None:
@@ -686,8 +731,11 @@ def loaded_files(script: Script, files: list[str]) -> set[str]:
         elif isinstance(node, ast.Call) and LOADERS.fullmatch(name_of(node.func).rpartition(".")[2]):
             texts = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
             stems |= {Path(text).name for text in texts if isinstance(text, str) and len(text) < 200}
+    if RUNNERS.search(script.source):  # then a file may be loaded in two steps
+        stems |= {n.value for n in script.nodes() if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     paths = {path for stem in stems for path in (stem, f"{stem}.py", f"{stem}/__init__.py")}
-    return {path for path in paths & set(files) if LOADABLE.search(path) and path != script.name}
+    paths = {path for path in paths & set(files) if LOADABLE.search(path) and path != script.name}
+    return {path for path in paths if not (DATA.search(path) and path.endswith((".bin", ".xz", ".br", ".zip")))}
 
 
 def newer_fstring(source: str) -> int:
@@ -799,7 +847,7 @@ def eval_seconds(folder: Folder, log: Log, score: Score) -> float | None:
     timed = [s for s in log.scores if s.seconds is not None and s.line <= score.line and s.file == score.file]
     same = [s.seconds for s in (*timed, score) if s.seconds is not None and abs(s.bpb - score.bpb) < 6e-5]
     own = same[-1] if same else log.get("eval_s")
-    return own if own is not None else first(folder.entry(log), "eval_time_s", "ttt_eval_time_s")
+    return own if own is not None else seconds_of(folder.entry(log), "eval_time", "ttt_eval_time")
 
 
 # ============================================ 7  RULES: FILES =========================================================
@@ -833,6 +881,11 @@ def check_layout(folder: Folder) -> Iterator[Finding]:
     for name in folder.files:
         if re.search(r"\.(?:pt|pth|ptz|safetensors|npz|ckpt)$|^final_model|checkpoint\.bin$", name):
             yield Finding("F2", "note", "weights are not committed: leave the file out", name)
+    for name in (name for name in folder.files if name.endswith("/submission.json")):
+        grade = "warn" if name.replace("submission.json", "train_gpt.py") in folder.files else "note"
+        yield Finding("F2", grade, "a second submission in a subfolder: one clean folder is asked for", name)
+    if ".env" in folder.files:
+        yield Finding("F2", "warn", "a .env may hold secrets: leave it out", ".env")
     for log in folder.logs:
         own = log.get("seed_of_name")
         if own is not None and ("seed" in log.name.lower() or own in folder.seeds):
@@ -893,7 +946,7 @@ def larger_form(folder: Folder, log: Log) -> str:
 
 def check_size(folder: Folder) -> Iterator[Finding]:
     """S1: bytes as shipped, of every log that is used. A total over the cap in the log alone was rejected (#1835)."""
-    largest = 0.0
+    largest, sized = 0.0, []
     for log in folder.runs():
         model, totals, place = model_bytes(log), [t for t, _ in log.values.get("total", ())], log.at("total", "model")
         shipped = model + folder.code() if model and folder.scripts else None
@@ -901,6 +954,7 @@ def check_size(folder: Folder) -> Iterator[Finding]:
             yield Finding("S1", "note", "bytes of the model: not found in the log", log.name)
             continue
         largest = max(largest, shipped or totals[-1])
+        sized.append(log.seed)
         form = larger_form(folder, log) if shipped and shipped <= SIZE_LIMIT else ""
         if totals and min(totals) > SIZE_LIMIT:
             message = f"{totals[-1]:,.0f} bytes by the log, over {SIZE_LIMIT:,}"
@@ -911,6 +965,11 @@ def check_size(folder: Folder) -> Iterator[Finding]:
             message = f"model {model:,.0f} + code as shipped {folder.code():,} = {shipped:,.0f}, over {SIZE_LIMIT:,}"
             message += f"; the log counts {counted_code(log):,.0f} of code: ship what it counts" if packed else ""
             yield Finding("S1", "warn" if packed else "reject", message, *place)
+    said = [bytes_of(entry) or 0 for seed, entry in folder.seeds.items() if seed not in sized]
+    said += [bytes_of(folder.submission) or 0, first(folder.submission, "artifact_bytes_max") or 0]
+    if len(sized) < max(1, len(folder.seeds)) and max(said) > SIZE_LIMIT:
+        message = f"{max(said):,.0f} bytes are claimed, over {SIZE_LIMIT:,}, and no log says less"
+        yield Finding("S1", "reject", message, folder.json_name)
     if 0 <= SIZE_LIMIT - largest < SIZE_MARGIN:
         message = f"the largest artifact has {largest:,.0f} bytes: runs differ by +-5 kB, keep {SIZE_MARGIN:,} free"
         yield Finding("S1", "note", message)
@@ -976,15 +1035,18 @@ def check_unpacked(folder: Folder) -> Iterator[Finding]:
 def check_train_time(folder: Folder) -> Iterator[Finding]:
     """T1 and T2: training, and calibration on training data, within 600 s. They bind records only."""
     for log in folder.runs():
-        train, calibration = train_seconds(log), max((s for s, _ in log.values.get("calibration_s", ())), default=0.0)
-        calibration = calibration or first(folder.entry(log), "calib_time_s", "gptq_time_s") or 0.0
+        train, place = train_seconds(log), log.at("stop_s", "train_s")
+        if train is None:
+            train, place = seconds_of(folder.entry(log), "train_wallclock", "train_time"), (folder.json_name, 0)
+        calibration = max((s for s, _ in log.values.get("calibration_s", ())), default=0.0)
+        calibration = calibration or seconds_of(folder.entry(log), "calib_time", "gptq_time") or 0.0
         if train is None:
             yield Finding("T2", "note", "milliseconds of training: not found in the log", log.name)
             continue
         if train > TIME_LIMIT:
             grade = "note" if not folder.record else "reject" if train > TIME_LIMIT + OVERSHOOT else "warn"
             message = f"trained for {train:.3f} s of {TIME_LIMIT:.0f}: stop a step earlier"
-            yield Finding("T2", grade, message, *log.at("stop_s", "train_s"))
+            yield Finding("T2", grade, message, *place)
         both, what = train + calibration, f"training {train:.1f} s + calibration {calibration:.1f} s"
         if calibration and both > TIME_LIMIT and log.get("selfgen") is not None:
             message = f"{what}: its data are generated by the model, which was not charged to training so far"
@@ -1048,15 +1110,26 @@ def check_settings(folder: Folder) -> Iterator[Finding]:
 
 def check_caps(folder: Folder) -> Iterator[Finding]:
     """T4: a cap of 600 s, no forced stop, 8 processes, as records have them."""
+    said = [(value, folder.json_name, 0) for _, key, value in walk(folder.submission) if "force_stop_step" in key]
+    for count, line in enumerate(folder.readme[1].splitlines(), 1):
+        said += [(m[1], folder.readme[0], count) for m in re.finditer(r"\bFORCE_STOP_STEP=(\d{1,9})", line)]
+    for value, *place in said if folder.record else []:
+        if (number(value) or 0) > 0:
+            yield Finding("T4", "warn", f"force_stop_step is {value}: counted as an ablation", *place)
     for log in folder.used if folder.record else []:
         train = train_seconds(log) or 0.0
-        cap, stop = (log.config.get(key, ("", 0)) for key in ("max_wallclock_seconds", "force_stop_step"))
+        keys = "max_wallclock_seconds", "force_stop_step", "train_log_every"
+        cap, stop, every = (log.config.get(key, ("", 0)) for key in keys)
         if (seconds := number(cap[0])) is not None and not 0 < seconds <= TIME_LIMIT:
             message = f"max_wallclock_seconds is {cap[0]}: a record's cap is {TIME_LIMIT:.0f}; it trained {train:.1f} s"
             yield Finding("T4", "warn", message, log.name, cap[1])
-        if number(stop[0]):
+        if (number(stop[0]) or 0) > 0:
             grade = "reject" if train > TIME_LIMIT else "warn"
             yield Finding("T4", grade, f"force_stop_step is {stop[0]}: counted as an ablation", log.name, stop[1])
+        steps = [step for step, _ in log.values.get("step", ())]
+        if len(steps) == 20 and steps[-1] - steps[0] == 19 and (number(every[0]) or 0) > 1:
+            message = f"every step is logged though train_log_every is {every[0]}, as with a forced stop: say why"
+            yield Finding("T4", "warn", message, *log.at("step"))
         if log.get("world_size") not in (None, 8):
             message = f"{log.get('world_size'):.0f} processes: a record is shown on 8 H100s"
             yield Finding("T4", "warn", message, *log.at("world_size"))
@@ -1070,6 +1143,15 @@ def check_metric(folder: Folder) -> Iterator[Finding]:
     wanted = f"the validation text has {VAL_BYTES[0] / 1e6:.2f} to {VAL_BYTES[1] / 1e6:.2f} million"
     for log, score in folder.results():
         tokens, place = log.get("val_tokens"), (score.file, score.line)
+        if mixed := MIXTURE.search(score.label):
+            message = "a byte mixture, excluded in #1902; val_loss and val_bpb are of different distributions"
+            yield Finding("M1", "warn" if folder.record else "note", f"{score.label!r}: {message}", *place)
+        same = [s.num_bytes for s in log.scores if s.num_bytes and abs(s.bpb - score.bpb) < 6e-5]
+        if mixed and same and not VAL_BYTES[0] <= same[-1] <= VAL_BYTES[1]:
+            what = f"{same[-1]:,.0f} bytes by its line, {wanted}: {100 * same[-1] / VAL_BYTES[0]:.1f} % of them"
+            yield Finding("M2" if same[-1] < VAL_BYTES[0] else "M1", grade, what, *place)
+        if mixed:
+            continue
         if not tokens or not score.loss or not score.bpb:
             what = "val_loss of the result" if tokens else "number of validation tokens"
             yield Finding("M1", "note", f"{what}: not found in the log, the metric's bytes cannot be checked", *place)
@@ -1090,6 +1172,21 @@ def check_metric(folder: Folder) -> Iterator[Finding]:
         else:
             off = 100 * (value / VAL_BYTES[0] - 1)
             yield Finding("M1", grade, f"{what}off by {off:+.1f} %, the bytes are miscounted", *place)
+
+
+COUNTS_SPACE = re.compile(r"(1 \+ )?len\(.*\.encode\((?:.utf-?8.)?\)\)(?(1)| \+ 1)", re.I)
+
+
+def check_table(folder: Folder) -> Iterator[Finding]:
+    """M3: a table of bytes that has + 1 for the space, in a script that adds the space a second time."""
+    for script in folder.scripts:
+        again = re.search(r"has_(?:leading_)?space\w{0,40}\[[^\]\n]{1,80}\]\s*&\s*~\s*is_boundary", script.source)
+        for node in script.nodes() if again else ():
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
+                if "base_bytes" in name_of(node.targets[0].value) and COUNTS_SPACE.fullmatch(ast.unparse(node.value)):
+                    message = f"the table has {ast.unparse(node.value)[:60]}, and the metric adds the space again: the "
+                    message += "bytes are too many, the bpb too low; leave the + 1 out"
+                    yield Finding("M3", folder.grade("reject"), message, script.name, node.lineno)
 
 
 def check_shards(folder: Folder) -> Iterator[Finding]:
@@ -1140,11 +1237,25 @@ def check_headline(folder: Folder) -> Iterator[Finding]:
         yield Finding("H1", "note", f"{what}; the claim is the mean of the lines {label!r}", place)
     elif single:
         yield Finding("H1", "warn", f"{what}; the claim is a single line's: use the mean", place)
+    elif (seeds := claimed_seeds(folder)) > len(found) + len(unknown) and (
+        abs(mean - claimed) < NEAR_SEED or all(states(folder.readme[1], score.bpb, 4) for _, score in found)
+    ):
+        message = f"{what}; only {len(found)} of {seeds} seeds can be recomputed: add the other logs"
+        yield Finding("H1", "warn", message, place)
     elif claimed < mean - max(near, WORSE):
         message = f"{what}, {mean - claimed:.5f} worse; no line and no mean of the logs is the claim"
         yield Finding("H1", "reject", message, place)
     else:
         yield Finding("H1", "warn", f"{what}: write what the logs say", place)
+
+
+def claimed_seeds(folder: Folder) -> int:
+    """Returns the number of seeds that submission.json or the README speaks of, 1 if they speak of none."""
+    text = " ".join([folder.readme[1][:MAX_COMMANDS], *(str(folder.submission.get(key)) for key in ("name", "blurb"))])
+    said = [m[1].lower() for m in re.finditer(r"\b(\d|three|five)[- ]seeds?\b", text, re.I)]
+    counts = [{"three": 3, "five": 5}.get(word) or int(word) for word in said]
+    counts.append(len(re.findall(r"^\|[ *]*(?:seed )?\d{1,6}[ *]*\|.{0,200}?\b[01]\.\d{4}", text, re.M | re.I)))
+    return max(1, len(folder.seeds), int(first(folder.submission, "n_seeds", "num_seeds") or 0), *counts)
 
 
 def found_logs(found: list[tuple[Log, Score]]) -> list[Log]:
@@ -1215,10 +1326,8 @@ def check_lines(folder: Folder) -> Iterator[Finding]:
 def check_readme(folder: Folder) -> Iterator[Finding]:
     """H1: the README states the submission's figure."""
     claimed, (name, text) = bpb_of(folder.submission), folder.readme
-    stated = [(float(m[0]), len(m[0]) - 2) for m in re.finditer(r"(?<![\d.])[0-3]\.\d{3,10}(?![\d.])", text)]
-    if claimed is not None and stated:
-        if not any(abs(value - claimed) <= max(tolerance(claimed, digits), 1e-5) for value, digits in stated):
-            yield Finding("H1", "warn", f"val_bpb {claimed:.8g} of {folder.json_name} is nowhere in it", name)
+    if claimed is not None and stated(text) and not states(text, claimed):
+        yield Finding("H1", "warn", f"val_bpb {claimed:.8g} of {folder.json_name} is nowhere in it", name)
 
 
 def check_deviations(folder: Folder) -> Iterator[Finding]:
@@ -1292,59 +1401,112 @@ def check_calibration(folder: Folder) -> Iterator[Finding]:
             yield Finding("L2", folder.grade("reject"), message, *log.at("val_calibration"))
 
 
+NO_GRAD = re.compile(r"no_grad|inference_mode")
+
+
 def is_scoring(node: ast.AST) -> bool:
     """Returns whether a statement is a block under no_grad or inference_mode."""
     heads = [item.context_expr for item in node.items] if isinstance(node, ast.With) else []
-    return any(re.search(r"no_grad|inference_mode", name_of(h.func if isinstance(h, ast.Call) else h)) for h in heads)
+    return any(NO_GRAD.search(name_of(h.func if isinstance(h, ast.Call) else h)) for h in heads)
 
 
-def trains_first(function: ast.FunctionDef) -> bool:
+def over_epochs(node: ast.AST) -> bool:
+    """Returns whether a node is a loop over epochs."""
+    parts = (*ast.walk(node.iter), *ast.walk(node.target)) if isinstance(node, ast.For) else ()
+    return any("epoch" in name_of(part).lower() for part in parts)
+
+
+def scoring_helpers(functions: list[ast.FunctionDef]) -> set[str]:
+    """Returns the functions that give a result, are or have a block under no_grad, and do not train."""
+    found = set()
+    for function in functions:
+        inside, heads = list(ast.walk(function)), [ast.dump(head) for head in function.decorator_list]
+        scores = NO_GRAD.search(" ".join(heads)) or any(map(is_scoring, inside))
+        trains = any(getattr(node, "attr", "") == "backward" for node in inside)
+        if scores and not trains and any(isinstance(node, ast.Return) and node.value for node in inside):
+            found.add(function.name)
+    return found
+
+
+def scorings(function: ast.FunctionDef, helpers: set[str]) -> list[tuple[int, int, int]]:
+    """Returns where a function scores, and the lines that this may excuse: of a block under no_grad the whole function,
+    of a call to a helper the loop around it, which is none over epochs: that of chunks."""
+    inside = list(ast.walk(function))
+    blocks = [node.lineno for node in inside if is_scoring(node)]
+    calls = [node for node in inside if isinstance(node, ast.Call)]
+    lines = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id in helpers]
+    loops = [(node, over_epochs(node)) for node in inside if isinstance(node, (ast.For, ast.While))][:30]
+    epochs = [(loop.lineno, loop.end_lineno or 0) for loop, over in loops if over]
+    spans = [(loop.lineno, loop.end_lineno or 0) for loop, over in loops if not over]
+    spans = [(a, b) for a, b in spans if not any(start <= a and b <= end for start, end in epochs)]
+    found = [(line, a, b) for line in sorted(lines)[:30] for a, b in spans if a <= line <= b]
+    return [(line, 0, sys.maxsize) for line in sorted(blocks)[:1]] + found
+
+
+def excused(line: int, by: list[tuple[int, int, int]]) -> bool:
+    """Returns whether something is scored before a line, in what is around both."""
+    return any(scored < line and start <= line <= end for scored, start, end in by)
+
+
+def trains_first(function: ast.FunctionDef, helpers: set[str]) -> bool:
     """Returns whether a function gets val_tokens and calls backward in a loop over epochs, with no scoring before."""
     listed = (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
     arguments = {argument.arg for argument in listed}
     inside = {name_of(node) for node in ast.walk(function) if isinstance(node, ast.Attribute)}
     if "val_tokens" not in arguments and not ("val_data" in arguments and "val_data.val_tokens" in inside):
         return False
-    scored = min((node.lineno for node in ast.walk(function) if is_scoring(node)), default=sys.maxsize)
-    for loop in (node for node in ast.walk(function) if isinstance(node, ast.For)):
-        epochs = any("epoch" in name_of(node).lower() for node in (*ast.walk(loop.iter), *ast.walk(loop.target)))
+    scored = scorings(function, helpers)
+    for loop in (node for node in ast.walk(function) if over_epochs(node)):
         calls = [node for node in ast.walk(loop) if isinstance(node, ast.Call)]
-        if epochs and any(name_of(call.func).endswith("backward") and call.lineno < scored for call in calls):
+        if any(name_of(call.func).endswith("backward") and not excused(call.lineno, scored) for call in calls):
             return True
     return False
 
 
-def scores_before_call(node: ast.AST, name: str) -> bool:
-    """Returns whether a function scores under no_grad before it calls another one: then it orders the two."""
-    if not isinstance(node, ast.FunctionDef) or node.name == name:
-        return False
-    inside = list(ast.walk(node))
-    calls = [n.lineno for n in inside if isinstance(n, ast.Call) and name_of(n.func).rpartition(".")[2] == name]
-    return bool(calls) and any(is_scoring(n) and n.lineno < max(calls) for n in inside)
+def called_after_scoring(functions: list[ast.FunctionDef], helpers: set[str]) -> set[str]:
+    """Returns the functions that another one calls after it has scored: it orders the two."""
+    found = set()
+    for function in functions:
+        last: dict[str, int] = {}
+        for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
+            name = name_of(call.func).rpartition(".")[2]
+            last[name] = max(last.get(name, 0), call.lineno)
+        scored = scorings(function, helpers)
+        found |= {name for name, line in last.items() if name != function.name and excused(line, scored)}
+    return found
 
 
 def check_order(folder: Folder) -> Iterator[Finding]:
     """L1: a function that trains on val_tokens for epochs and scores nothing first. The pattern alone warns, since a
     caller may have scored; with epochs in the log, two at least, and no score among them, it is what was closed."""
-    ran = [(log.name, log.epochs[0]) for log, score in folder.results() if adapted_first(log, score)]
+    ran = [(log.name, log.epochs[0][0]) for log, score in folder.results() if adapted_first(log, score)]
     for script in folder.scripts:
-        for node in script.nodes():
-            if not isinstance(node, ast.FunctionDef) or not trains_first(node):
-                continue
-            if not any(scores_before_call(other, node.name) for other in script.nodes()):
-                message = f"{node.name} trains on val_tokens for epochs and scores none of them first: "
-                message += "only tokens that were scored may be trained on"
-                place = ran[0] if ran else (script.name, node.lineno)
-                yield Finding("L1", folder.grade("reject") if ran else "warn", message, *place)
+        functions = [node for node in script.nodes() if isinstance(node, ast.FunctionDef)]
+        helpers = scoring_helpers(functions)
+        suspects = [node for node in functions if trains_first(node, helpers)]
+        ordered = called_after_scoring(functions, helpers) if suspects else set()
+        for node in (node for node in suspects if node.name not in ordered):
+            message = f"{node.name} trains on val_tokens for epochs and scores none of them first: "
+            message += "only tokens that were scored may be trained on"
+            place = ran[0] if ran else (script.name, node.lineno)
+            yield Finding("L1", folder.grade("reject") if ran else "warn", message, *place)
 
 
 def adapted_first(log: Log, score: Score) -> bool:
-    """Returns whether a log has epochs of adaptation before its result, two at least, with no score among them."""
-    inside = [line for line in log.epochs if line < score.line]
-    return len(inside) > 1 and not any(inside[0] < other.line < inside[-1] for other in log.scores)
+    """Returns whether a log has epochs of adaptation before its result, two at least, with no score but their own among
+    them. Epochs that begin anew are those of a chunk each, which may have been scored before."""
+    for name in {name for _, name, _ in log.epochs}:
+        inside = [(line, number) for line, own, number in log.epochs if own == name and line < score.line]
+        numbers, lines = [number for _, number in inside], {line for line, _ in inside}
+        if len(set(numbers)) > 1 and numbers == sorted(numbers):
+            if not any(min(lines) < other.line < max(lines) and other.line not in lines for other in log.scores):
+                return True
+    return False
 
 
-SUSPICIOUS = re.compile(r"(?:^|_)(slot|n_?gram|ppmd?|etlb|logit_bias|full_key|pre_?quant_ttt)(?:_|\d|$)", re.I)
+SUSPICIOUS = re.compile(  # ngrams of an input embedding and variables called slot are something else
+    r"^(slot)_|_(slot)_(?:enabled|lr|steps|iters)|^(?!.*n_?gram.*(?:hash|emb|dim|proj|vocab))(?:.*_)?"
+    r"(n_?gram|ppmd?|etlb|logit_bias|full_key|pre_?quant_ttt)(?:_|\d|$)", re.I)  # fmt: skip
 
 
 def check_names(folder: Folder) -> Iterator[Finding]:
@@ -1354,8 +1516,8 @@ def check_names(folder: Folder) -> Iterator[Finding]:
         found: dict[str, tuple[str, int]] = {}
         for node in script.nodes():
             name = getattr(node, "id", None) or getattr(node, "arg", None) or getattr(node, "name", None)
-            if isinstance(name, str) and (match := SUSPICIOUS.search(name)):
-                found.setdefault(match[1].lower(), (name, getattr(node, "lineno", 0)))
+            if isinstance(name, str) and (match := SUSPICIOUS.search(name[:200])):
+                found.setdefault(str(match[match.lastindex or 0]).lower(), (name, getattr(node, "lineno", 0)))
         default = r"""['"]\s*,\s*['"]?(?:0|False)\b"""
         idle = {key for key in found if any(key in setting for setting in off)}
         idle |= {key for key in found if re.search(rf"{key}\w*(?:ENABLED)?{default}", script.source, re.I)}
@@ -1393,6 +1555,18 @@ GPU_ONLY = re.compile(
 USUAL = {"torch", "numpy", "sentencepiece", "tqdm", "huggingface_hub", "datasets", "tiktoken", "typing_extensions"}
 
 
+PROBE = re.compile(r"is_available|find_spec|hasattr|HAS_|environ")
+
+
+def at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """Yields the parts of a statement that run with it: not those of lambdas, nor what a probe decides on."""
+    parts = [node]
+    for part in parts:  # grows while it is walked
+        yield part
+        if not isinstance(part, ast.Lambda) and not (isinstance(part, ast.IfExp) and PROBE.search(ast.dump(part.test))):
+            parts += ast.iter_child_nodes(part)
+
+
 def top_statements(body: list[ast.stmt], safe: bool = False) -> Iterator[tuple[ast.stmt, bool]]:
     """Yields the statements that run at import, each with whether a try or a probe guards it; none of functions."""
     for node in body:
@@ -1402,7 +1576,7 @@ def top_statements(body: list[ast.stmt], safe: bool = False) -> Iterator[tuple[a
         elif isinstance(node, ast.If):
             test = ast.dump(node.test)
             if "__name__" not in test and "TYPE_CHECKING" not in test:
-                probed = safe or bool(re.search(r"is_available|find_spec|hasattr|HAS_|environ", test))
+                probed = safe or bool(PROBE.search(test))
                 yield from top_statements(node.body + node.orelse, probed)
         elif isinstance(node, (ast.With, ast.For, ast.While, ast.ClassDef)):
             yield from top_statements(node.body, safe)
@@ -1420,7 +1594,7 @@ def check_imports(folder: Folder) -> Iterator[Finding]:
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             needed |= {name.split(".")[0] for name in names if name and not safe}
             kernels.update({name: node.lineno for name in names if GPU_ONLY.match(name) and not safe})
-            for call in (n for n in ast.walk(node) if isinstance(n, ast.Call) and not safe):
+            for call in (n for n in at_import(node) if isinstance(n, ast.Call) and not safe):
                 name = name_of(call.func)
                 if re.search(r"^torch\.cuda\.(?!is_available|device_count|amp)|(?:^|\.)cuda$", name):
                     message = f"{name}() runs at import: reviewers import on a CPU, move it into main"
@@ -1435,8 +1609,8 @@ def check_imports(folder: Folder) -> Iterator[Finding]:
         yield Finding("P5", "note", message, folder.scripts[0].name)
 
 
-COMMAND = re.compile(r"\b(?:torchrun|python3?(?:\.\d+)?|accelerate|uv run)\b(?:.*?([\w./-]+\.py)\b)?")
-ASSIGNED = re.compile(r"(?:^|[\s;(])([A-Z][A-Z0-9_]{2,})=")
+COMMAND = re.compile(r"\b(?:torchrun|python3?(?:\.\d+)?|accelerate|uv run)\b(?:.*?([\w./-]{1,200}\.py)\b)?")
+ASSIGNED = re.compile(r"(?:^|[\s;(\"'])([A-Z][A-Z0-9_]{2,})=")
 ELSEWHERE = re.compile(  # read by the shell, by torch and its libraries, by the scripts of the challenge's data
     r"(?:NCCL|CUDA|TORCH\w*|PYTORCH|PYTHON|HF|HUGGING\w*|TRITON|TOKENIZERS|WANDB|OMP|MKL|PIP|UV|GLOO|NVIDIA|CUBLAS|LD|UCX"
     r"|MASTER|NV|XLA|INDUCTOR|RUNPOD|MATCHED|MODAL|AWS|CONDA|VIRTUAL)_\w+"
@@ -1444,9 +1618,10 @@ ELSEWHERE = re.compile(  # read by the shell, by torch and its libraries, by the
 
 
 def commands(text: str) -> Iterator[tuple[int, list[str], str]]:
-    """Yields (line, variables set, script) of each command in a README's code blocks that runs Python."""
-    inside, joined, first_line, exported = False, "", 0, []
-    for count, line in enumerate(text.splitlines(), 1):
+    """Yields (line, variables set, script) of each command in a README's code blocks that runs Python. What a line sets
+    for the shell alone, before && or ;, is not passed on, unless a command has it by $NAME and it sets variables."""
+    inside, joined, first_line, exported, shell = False, "", 0, [], {}
+    for count, line in enumerate(text[:MAX_COMMANDS].splitlines(), 1):
         if line.lstrip(" >-*").startswith(("```", "~~~")):
             inside, joined, exported = not inside, "", []
         elif inside:
@@ -1454,16 +1629,21 @@ def commands(text: str) -> Iterator[tuple[int, list[str], str]]:
             line = re.sub(r"(?:^|\s)#.*", "", line).strip()
             if not line and joined:
                 continue
-            joined += " " + line
-            if joined.endswith("\\"):
-                joined = joined[:-1]
+            joined = f"{joined} {line.removesuffix(chr(92))}"[:MAX_LINE]
+            if line.endswith("\\"):
                 continue
             run = COMMAND.search(joined)
-            variables = ASSIGNED.findall(joined[: run.start()] if run else joined)
+            *before, last = re.split(r"&&|;", joined[: run.start()] if run else joined)
+            exported = exported + ASSIGNED.findall(" ".join(part for part in before if "export " in part))
             if run:
-                yield first_line, exported + variables, Path(run[1] or "").name
+                variables = [*exported, *ASSIGNED.findall(last)]
+                for name in {*re.findall(r"\$\{?(\w+)", last)} & shell.keys():
+                    variables += ASSIGNED.findall(shell[name])
+                yield first_line, variables, Path(run[1] or "").name
             elif joined.strip().startswith("export "):
-                exported = exported + variables
+                exported = exported + ASSIGNED.findall(last)
+            elif text_of := re.fullmatch(r"\s*(\w+)=([\"'])(.*)\2\s*", joined):
+                shell[text_of[1]] = text_of[3][:4000]
             joined = ""
 
 
@@ -1479,6 +1659,7 @@ def check_variables(folder: Folder) -> Iterator[Finding]:
     )
     computed = re.search(f"{whole}|{made}", code, re.M)
     names = set(re.findall(r"\w+", code.upper() if computed else code))
+    names |= set(re.findall(r"\$\{?(\w+)", folder.readme[1][:MAX_COMMANDS]))  # read by the shell
     others = {Path(name).name for name in folder.files} - {folder.scripts[0].name}
     unread: dict[str, int] = {}
     for line, variables, script in commands(folder.readme[1].replace("\\_", "_")):
@@ -1514,16 +1695,20 @@ def check_traps(folder: Folder) -> Iterator[Finding]:
 # ============================================ 13  RUNNING AND PRINTING ================================================
 CHECKS: list[Callable[[Folder], Iterator[Finding]]] = [
     check_files, check_layout, check_keys, check_audit, check_size, check_counts, check_modules, check_unpacked,
-    check_train_time, check_eval_time, check_settings, check_caps, check_metric, check_shards, check_headline,
-    check_seeds, check_lines, check_readme, check_deviations, check_p_value, check_booleans, check_calibration,
-    check_order, check_names, check_parses, check_imports, check_variables, check_traps,
+    check_train_time, check_eval_time, check_settings, check_caps, check_metric, check_table, check_shards,
+    check_headline, check_seeds, check_lines, check_readme, check_deviations, check_p_value, check_booleans,
+    check_calibration, check_order, check_names, check_parses, check_imports, check_variables, check_traps,
 ]  # fmt: skip
 ORDER = {"reject": 0, "warn": 1, "note": 2}
 
 
 def audit(path: Path) -> tuple[Folder, list[Finding]]:
     """Returns what was read of a folder and all findings, gravest first; those that differ in numbers only are one."""
-    folder = read_folder(path)
+    try:
+        folder = read_folder(path)
+    except Exception as error:  # as below: the other folders are still checked, and this one is not called good
+        message = f"could not be read ({type(error).__name__}: {error}), so nothing was checked: please report it"
+        return Folder(path), [Finding("X1", "reject", message)]
     findings = list(folder.findings)
     for check in CHECKS:
         try:
@@ -1572,18 +1757,26 @@ def as_json(folder: Folder, findings: list[Finding]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def print_table(folder: Folder, entry: dict[str, Any]) -> None:
-    """Prints the findings of a folder and its closing line."""
-    print(f"== {clean(folder.path.resolve().name)} ({'record' if entry['record'] else 'non-record'} track)")
+def show(text: str) -> None:
+    """Prints a text. A reader that went away, as `head` does, ends the printing, not the audit."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def table_of(folder: Folder, entry: dict[str, Any]) -> str:
+    """Returns the findings of a folder and its closing line."""
+    lines = [f"== {clean(folder.path.resolve().name)} ({'record' if entry['record'] else 'non-record'} track)"]
     for finding in entry["findings"]:
         places = [f"{finding['file']}:{finding['line']}" if finding["line"] else finding["file"], *finding["also"]]
         listed = ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
         text = f"{finding['message']} [{finding['source']}]" + (f" ({listed})" if listed else "")
         start = f"{finding['severity']:7}{finding['rule']:3} "
-        print(textwrap.fill(text, 118, initial_indent=start, subsequent_indent=" " * 11))
+        lines.append(textwrap.fill(text, 118, initial_indent=start, subsequent_indent=" " * 11))
     mean = f"{entry['mean_val_bpb']:.6f} bpb, mean of {len(entry['logs'])} logs" if entry["logs"] else "no result found"
     counts = ", ".join(f"{count} {name}" for name, count in entry["counts"].items())
-    print(f"{entry['verdict'].upper()}: {counts}; {mean}: {entry['folder']}\n")
+    return "\n".join([*lines, f"{entry['verdict'].upper()}: {counts}; {mean}: {entry['folder']}\n"])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -1602,9 +1795,9 @@ def main(arguments: list[str] | None = None) -> int:
         folder, findings = audit(Path(name))
         entries.append(as_json(folder, findings))
         if not options.json:
-            print_table(folder, entries[-1])
+            show(table_of(folder, entries[-1]))
     if options.json:
-        print(json.dumps({"version": 1, "folders": entries}, indent=1))
+        show(json.dumps({"version": 1, "folders": entries}, indent=1))
     return int(any(entry["verdict"] == "reject" for entry in entries))
 
 

@@ -856,6 +856,293 @@ def test_traps_of_reviewers_machines_are_notes(folder):
     assert findings(folder(name="2026-04-10_Good"), "D1") == []
 
 
+# ------------------------------------------------------------ what folders of other kinds have taught
+PREQUANT = """
+def pre_quant_adamw_ttt(h, device, val_data, model, optimizer):
+    for epoch in range(h.prequant_ttt_epochs):
+        for start in range(9):
+            model(val_data.val_tokens[start]).backward()
+        score = eval_val(h, device, val_data, model)
+
+@torch.inference_mode()
+def eval_val(h, device, val_data, model):
+    return model(val_data.val_tokens)
+
+def train_and_eval(h, device, val_data):
+    eval_val(h, device, val_data, model)
+    pre_quant_adamw_ttt(h, device, val_data, model, None)
+"""
+
+
+@pytest.mark.parametrize(
+    "line", ["prequant_ttt:epoch {}/3 val_bpb=1.0{}", "prequant_ttt:epoch {}/3 chunk {}/9 lr=1e-4"]
+)
+def test_epochs_on_validation_tokens_that_print_their_score_or_chunk_are_rejected(folder, line):
+    epochs = "".join(line.format(i, 9 - i) + "\n" for i in (1, 2, 3))
+    text = {n: t.replace("pre-quantization post", epochs + "pre-quantization post") for n, t in logs().items()}
+    path = folder(text | {"train_gpt.py": SCRIPT + PREQUANT})
+    (finding,) = findings(path, "L1", "reject")
+    assert (path / finding.file).read_text().splitlines()[finding.line - 1].startswith("prequant_ttt:epoch 1/3")
+    assert {s.kind for s in check.audit(path)[0].logs[0].scores if "prequant_ttt" in s.label} <= {"training"}
+
+
+HELPED = """
+@torch.inference_mode()
+def score_chunk(model, x):
+    return model(x)
+def eval_val_ttt(h, model, val_tokens):
+    for ci in range(10):
+        total += score_chunk(model, val_tokens[ci])
+        for epoch in range(h.ttt_epochs):
+            model(val_tokens[ci]).backward()
+"""
+
+
+def test_scoring_by_a_helper_before_each_chunks_epochs_is_seen(folder):
+    chunks = "".join(f"ttt chunk {c}/9 epoch {e}/2 loss 2.1\n" for c in (1, 2) for e in (1, 2))
+    anew = "".join(f"ttt epoch {e}/2 loss 2.1\n" for _ in range(2) for e in (1, 2))
+    for number, lines in enumerate((chunks, anew, "ttt chunk 1/9 epoch 1/2 loss 2\nttt chunk 1/9 epoch 2/2 loss 2\n")):
+        text = {n: t.replace("ttt:start", lines + "ttt:start") for n, t in logs().items()}
+        path = folder(text | {"train_gpt.py": SCRIPT + HELPED}, name=f"2026-04-1{number}_Helped")
+        assert grades(path, "L1") == set()
+        path = folder(text | {"train_gpt.py": SCRIPT + ADAPT}, name=f"2026-05-1{number}_Unseen")
+        assert grades(path, "L1") == {"warn"}  # the pattern alone: the log does not show that it is illegal
+    before = HELPED.replace("    for ci in range(10):\n        total +=", "    total =").replace(
+        "        for e", "    for e"
+    )
+    before = before.replace("            model(val", "        model(val").replace("[ci]", "")
+    assert grades(folder({"train_gpt.py": SCRIPT + before}, name="2026-06-10_Whole"), "L1") == {"warn"}
+    called = HELPED.replace("for epoch in range(h.ttt_epochs):", "adapt(model, val_tokens[ci], None, 3)")
+    called = called.replace("            model(val_tokens[ci]).backward()\n", "")
+    assert grades(folder({"train_gpt.py": SCRIPT + ADAPT + called}, name="2026-06-11_Called"), "L1") == set()
+
+
+def test_a_call_to_a_helper_excuses_only_what_is_in_the_same_loop_over_chunks(folder):
+    once = HELPED.replace("    for ci", "    total = score_chunk(model, val_tokens)\n    for ci")
+    once = once.replace("        total += score_chunk(model, val_tokens[ci])\n", "")
+    inner = HELPED.replace("for ci in range(10)", "for epoch in h.epochs").replace(
+        "for epoch in range(h.ttt_epochs)", "if 1"
+    )
+    inner = inner.replace("        total +=", "        for ci in range(10):\n            total +=").replace(
+        "        if 1:\n", ""
+    )
+    for number, code in enumerate((once, inner, HELPED.replace("@torch.inference_mode()\n", ""))):
+        assert grades(folder({"train_gpt.py": SCRIPT + code}, name=f"2026-04-1{number}_A"), "L1") == {"warn"}
+
+
+def test_long_lines_and_many_functions_take_no_time(folder):
+    lines = [f"{word} " * (20_000 // len(word)) for word in ("gptq ttt epoch 1/2", "collected hessian in", "gptq done")]
+    many = "".join(f"def f{i}(val_tokens):\n    for epoch in range(3):\n        x.backward()\n" for i in range(800))
+    readme = README + "\n```\npython " + "a" * 80_000 + "\n```\n```\n" + "python a \\\n" * 10_000 + "\n```\n"
+    path = folder(logs(extra="\n".join(lines) + "\n") | {"train_gpt.py": SCRIPT + many, "README.md": readme})
+    started = time.perf_counter()
+    assert len(findings(path, "L1", "warn")[0].also) == 799
+    for line in lines:
+        assert not any(pattern.search(line) for _, pattern, _ in check.PATTERNS)
+    assert check.COMMAND.search("python " + "a" * 80_000)[1] is None
+    check.parse_line(log := check.Log("x"), "x" * check.MAX_PARSED + " val_bpb:1.0", 1, True)
+    assert log.scores == []
+    assert time.perf_counter() - started < 4  # 0.6 s alone; minutes where a pattern is cubic
+
+
+@pytest.mark.parametrize(
+    ("seeds", "readme", "bpb", "expected"),
+    [
+        ({"seeds": list(SEEDS)}, "val_bpb 1.0814", 1.0829, {"warn"}),
+        ({"n_seeds": 3}, "val_bpb 1.0814", 1.0829, {"warn"}),
+        ({}, "val_bpb 1.0814, 3-seed mean", 1.0829, {"warn"}),
+        ({}, "val_bpb 1.0814\n| 42 | 1.0860 |\n| 1 | 1.0814 |\n", 1.0860, {"warn"}),
+        ({}, "val_bpb 1.0814", 1.0829, {"reject"}),
+        ({"seeds": list(SEEDS)}, "val_bpb 1.0814", 1.0860, {"reject"}),
+    ],
+)
+def test_a_mean_of_seeds_whose_logs_are_missing_is_not_called_wrong(folder, seeds, readme, bpb, expected):
+    none = dict.fromkeys((f"train_seed{seed}.log" for seed in SEEDS), None)
+    content = submission(**{"seeds": None, "seed_results": None, "val_loss": None, "val_bpb_std": None} | seeds)
+    files = none | {"submission.json": content, "README.md": readme, "train_seed42.log": log_text(42, bpb=bpb)}
+    found = [f for f in findings(folder(files), "H1")]
+    assert {f.severity for f in found} == expected
+    assert any("seeds can be recomputed" in f.message for f in found) == (expected == {"warn"})
+
+
+def test_calibration_that_is_said_not_to_read_validation_data_is_fine(folder):
+    for number, how in enumerate(("never using", "not using", "without", "doesn't calibrate when using")):
+        path = folder(logs(extra=f"GPTQ calibration on own text, {how} validation data\n"), name=f"2026-04-1{number}_A")
+        assert grades(path, "L2") == set()
+    assert grades(folder(logs(extra="GPTQ calibration using validation data\n")), "L2") == {"reject"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "record"),
+    [
+        ({"name": "11L + full ablation table, unlimited"}, True), ({"name": "Non-record: 4 hours"}, False),
+        ({"track": "unlimited"}, False), ({"category": "ablation"}, False), ({"name": "Beats every non-record"}, True),
+    ],
+)  # fmt: skip
+def test_the_track_is_not_guessed_from_a_word_of_the_title(folder, changed, record):
+    assert check.audit(folder({"submission.json": submission(**changed)}))[0].record is record
+
+
+def test_of_several_readmes_the_one_that_states_the_score_is_read(folder):
+    plan = "# Plan\nbaseline 1.1000\n"
+    assert check.audit(folder({"V9_README.md": plan}))[0].readme[0] == "README.md"
+    files = {"README.md": None, "V19_README.md": README, "V21_README.md": plan}
+    assert check.audit(folder(files, name="2026-04-10_A"))[0].readme[0] == "V19_README.md"
+    assert check.audit(folder(files | {"V19_README.md": plan}, name="2026-04-11_B"))[0].readme[0] == "V21_README.md"
+
+
+LUT = """
+def luts(sp):
+    base_bytes_np[i] = len(piece.encode("utf-8")){plus}
+def count(x, y):
+    return base_bytes_lut[y] + (has_leading_space_lut[y] & ~is_boundary_token_lut[x])
+"""
+
+
+def test_the_dialect_without_a_loss_is_read_and_its_space_that_is_counted_twice_is_rejected(folder):
+    text = "seed: 42\nstep 100 | loss 3.2 | 131s\nTraining complete in 590s (1857 steps)\nEMA BPB (no XSA): 1.017970\n"
+    text += "Quantized BPB (no XSA): 1.081030\nArtifact: 15,417,768 bytes (14.70 MB)\n"
+    path = folder({"train_seed42.log": text, "train_gpt.py": SCRIPT + LUT.format(plus=" + 1")})
+    log = next(log for log in check.audit(path)[0].used if log.seed == 42)
+    assert [(s.kind, s.bpb) for s in log.scores] == [("unquantized", 1.01797), ("final", 1.08103)]
+    assert (check.model_bytes(log), check.train_seconds(log)) == (15_417_768, 590)
+    (finding,) = findings(path, "M3", "reject")
+    assert (path / "train_gpt.py").read_text().splitlines()[finding.line - 1].strip().startswith("base_bytes_np[i]")
+    once = LUT.format(plus=" + 1").replace(" + (has_leading_space_lut[y] & ~is_boundary_token_lut[x])", "")
+    for number, code in enumerate((LUT.format(plus=""), once)):
+        assert grades(folder({"train_gpt.py": SCRIPT + code}, name=f"2026-04-1{number}_Once"), "M3") == set()
+
+
+@pytest.mark.parametrize(
+    ("line", "reject"),
+    [
+        ("ppm_mixer val_bpb:{0} eval_time:9ms N_sidecar_bytes=151074499\nppm_sliding val_loss:2.45 val_bpb:{0}", set()),
+        ("cond_ppm tokens=47851520 bytes=164594398 cond_mix_bpb={0}", {"M1"}),
+        ("ppm_mix bytes=29365687 mix_bpb={0}", {"M2"}),
+    ],
+)
+def test_a_mixture_over_bytes_is_called_so_and_its_own_bytes_are_checked(folder, line, reject):
+    files = {f"train_seed{s}.log": log_text(s).partition("quantized_ttt")[0] + line.format(BPB[s]) for s in SEEDS}
+    found = findings(folder(files))
+    assert any(f.rule == "M1" and "byte mixture" in f.message for f in found)
+    assert {f.rule for f in found if f.severity == "reject"} == reject
+    assert not any("byte mixture" in f.message for f in findings(folder(name="2026-04-10_Mixed_int6"), "M1"))
+
+
+def test_figures_of_submission_json_count_where_the_logs_are_silent(folder):
+    results = {str(s): {"val_bpb": BPB[s], "train_wallclock_ms": 612_048, "eval_time_ms": 659_602} for s in SEEDS}
+    content = submission(seed_results=results, bytes_total=16_071_321)
+    assert [f.rule for f in findings(folder({"submission.json": content}), "", "reject")] == []
+    silent = {}
+    for name, text in logs().items():
+        text = text.replace(" eval_time:366525ms", "").replace("588047ms", "?").replace(" bytes\n", "\n")
+        silent[name] = text
+    path = folder(silent | {"submission.json": content}, name="2026-04-10_Silent")
+    assert {f.rule for f in findings(path, "", "reject")} == {"S1", "T1", "T2", "T3"}
+    assert "612.048 s" in findings(path, "T2")[0].message
+    each = {str(s): {"val_bpb": BPB[s], "artifact_bytes": 16_024_793} for s in SEEDS}
+    path = folder(silent | {"submission.json": submission(seed_results=each)}, name="2026-04-11_Each")
+    assert "16,024,793" in findings(path, "S1", "reject")[0].message
+    each["42"].pop("artifact_bytes")  # of the others the logs say less
+    files = {"train_seed42.log": silent["train_seed42.log"], "submission.json": submission(seed_results=each)}
+    assert grades(folder(files, name="2026-04-12_Said"), "S1") == {"note"}
+
+
+def test_variables_of_the_shell_are_not_the_scripts(folder):
+    shell = "OUT=logs && SEED=42 torchrun train_gpt.py > $OUT/x.log\nexport ROOT=/x\nDIR=/y; ls\nROOT2=a; SEED=1 "
+    shell += "torchrun train_gpt.py --data ${ROOT}\n"
+    assert grades(folder({"README.md": f"{README}```\n{shell}```\n"}), "P4") == set()
+    held = 'ENV_VARS="MATRIX_LR=1 \\\n  PHASED_TTT=1"\nenv SEED=$SEED $ENV_VARS torchrun train_gpt.py\n'
+    held += "export EMA_ON=1 && torchrun train_gpt.py\n"
+    (finding,) = findings(folder({"README.md": f"{README}```\n{held}```\n"}, name="2026-04-10_Held"), "P4")
+    assert finding.message.endswith(": EMA_ON, PHASED_TTT")
+
+
+def test_a_forced_stop_is_seen_by_its_traces_and_one_that_is_off_is_not(folder):
+    steps = "".join(f"{i}/20000 train_loss: 3.1 train_time: 0.0m tok/s: 8\n" for i in range(100, 140))
+    world = "8\n  train_log_every: 500\n  force_stop_step: -1"
+    off = logs(world=world)
+    assert grades(folder(off), "T4") == set()
+    traced = {n: t.replace("4550/20000 val_loss", steps + "4550/20000 val_loss") for n, t in off.items()}
+    assert "every step is logged" in findings(folder(traced, name="2026-04-10_Steps"), "T4", "warn")[0].message
+    readme = README + "```\nFORCE_STOP_STEP=4920 SEED=42 torchrun train_gpt.py\n```\n"
+    path = folder({"README.md": readme, "submission.json": submission(force_stop_step_set=4920)}, name="2026-04-11_B")
+    (finding,) = findings(path, "T4", "warn")
+    assert (finding.file, finding.also) == ("submission.json", [f"README.md:{len(readme.splitlines()) - 1}"])
+
+
+def test_a_reader_that_goes_away_ends_neither_the_audit_nor_its_verdict(folder):
+    good, bad = folder(), folder(logs(model=16_500_000), name="2026-04-10_Bad")
+    command = [sys.executable, str(CHECK), *[str(good)] * 40, str(bad)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(60) == 1
+
+
+def test_a_folder_that_cannot_be_read_is_said_and_the_others_are_checked(folder, monkeypatch, capsys):
+    good, real = folder(), check.read_logs
+    odd = folder(name="2026-04-10_Odd")
+
+    def failing(read, top):
+        if read.path == odd:
+            raise RecursionError("too deep")
+        return real(read, top)
+
+    monkeypatch.setattr(check, "read_logs", failing)
+    assert check.main([str(odd), str(good)]) == 1
+    out = capsys.readouterr().out
+    assert "nothing was checked" in out and "OK: 0 reject, 0 warn" in out
+
+
+def test_figures_that_are_no_scores_are_dropped(folder):
+    path = folder(logs(extra="total val_bpb:40540.160000\n"))
+    assert [f for f in findings(path) if f.severity != "note"] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("ngram_hash = ngram_embed = 3\ndef free_slot(slot): return slot", set()), ("slot_lr = 1", {"warn"}),
+        ("use_slot_steps = 1", {"warn"}), ("ngram_order = 3", {"warn"}), ("class A:\n    full_key: int = 1", {"warn"}),
+    ],
+)  # fmt: skip
+def test_names_of_embeddings_and_loops_are_not_ruled_out(folder, code, expected):
+    assert grades(folder({"train_gpt.py": f"{SCRIPT}\n{code}\n"}), "L9") == expected
+
+
+def test_a_lambda_and_a_probed_expression_do_not_run_at_import(folder):
+    fine = "f = lambda x: x.cuda()\ny = torch.zeros(1).cuda() if torch.cuda.is_available() else None\n"
+    assert grades(folder({"train_gpt.py": SCRIPT + fine}), "P2") == set()
+    bad = "f = [x.cuda() for x in y] if z else None\n"
+    assert grades(folder({"train_gpt.py": SCRIPT + bad}, name="2026-04-10_Bad"), "P2") == {"warn"}
+
+
+def test_a_second_submission_and_an_env_file_are_found(folder):
+    second = {"other/submission.json": "{}", "other/train_gpt.py": "x = 1", ".env": "KEY=1"}
+    assert {(f.severity, f.file) for f in findings(folder(second), "F2")} == {
+        ("warn", "other/submission.json"),
+        ("warn", ".env"),
+    }
+    assert grades(folder({"ttt/seed_7.log": log_text(7)}, name="2026-04-10_Logs"), "F2") == set()
+
+
+@pytest.mark.parametrize(
+    ("code", "counted"),
+    [
+        ('src = open("real.py").read()\nexec(src)', "real.py"),
+        ('p = Path(__file__).with_name("real.py")\nexec(p.read_text())', "real.py"),
+        ('subprocess.run([sys.executable, "real.py"])', "real.py"), ('exec(unpack(open("code.xz").read()))', "code.xz"),
+        ('src = Path("state.c")\nsubprocess.run(["gcc", str(src)])', "state.c"),
+        ('exec("1")\nprint("see real.py", open("final_model.bin"), "notes.json", "a.model")', None),
+        ('print("real.py", "state.c")', None),
+    ],
+)  # fmt: skip
+def test_files_that_are_loaded_in_two_steps_count_as_code(folder, code, counted):
+    names = ("real.py", "code.xz", "state.c", "final_model.bin", "notes.json", "a.model")
+    path = folder(dict.fromkeys(names, "x = 1\n" * 100) | {"train_gpt.py": f"{SCRIPT}\n{code}\n"})
+    assert [script.name for script in check.audit(path)[0].scripts] == ["train_gpt.py"] + [counted] * bool(counted)
+
+
 # ------------------------------------------------------------ robustness
 VALUES = [
     None,
