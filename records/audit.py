@@ -495,8 +495,15 @@ def audit_run(folder: Path) -> bool:
         os.environ.update(given)
     if not (result / "compliance.json").exists():
         raise SystemExit(f"{folder}: the audit did not get to its end, see above")
-    script.write_atomically(folder / "compliance.json", (result / "compliance.json").read_bytes())
-    return json.loads((folder / "compliance.json").read_text())["passed"]
+    new, place = json.loads((result / "compliance.json").read_text()), folder / "compliance.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no audit before, or none that can be read
+        old = json.loads(place.read_text())
+        same = all(old[key] == new[key] for key in ("passed", "artifact_sha256", "code_sha256"))
+        if same and "train" in old["proofs"]["files"]["phases_watched"]:
+            print(f"{place} is kept: it has watched the training, too; the new one is {result / place.name}")
+            return new["passed"]
+    script.write_atomically(place, (result / place.name).read_bytes())
+    return new["passed"]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -402,8 +402,13 @@ def test_a_finished_run_is_audited_on_its_artifact(
     result = json.loads((tmp_path / "logs/a/submission.json").read_text())
     assert compliance["passed"] and compliance["artifact_sha256"] == result["artifact_sha256"]
     assert "training was not watched" in compliance["proofs"]["files"]["says"]
-    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=False)
-    assert done.returncode == 0, "an audit can be repeated: " + done.stderr
+    place, proofs = tmp_path / "logs/a/compliance.json", compliance["proofs"]
+    for watched, kept in (("train", True), ("score", False)):  # what has seen the training is not overwritten
+        proofs["files"]["phases_watched"] = [watched]
+        place.write_text(json.dumps(compliance))
+        done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=False)
+        assert done.returncode == 0 and ("is kept" in done.stdout) is kept
+        assert (json.loads(place.read_text())["proofs"]["files"]["phases_watched"] == [watched]) is kept
     (tmp_path / "logs/a/final_model.bin").write_bytes(b"broken")
     done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=False)
     assert done.returncode == 1 and "is no artifact" in done.stderr and "did not get to its end" in done.stderr
