@@ -1477,7 +1477,7 @@ def main() -> None:
         return smoke(h)
     if h.audit:  # from outside: it watches the stages below, and adds its proofs to the report
         sys.path.insert(0, str(find_path("records/audit.py", "AUDIT").parent))
-        importlib.import_module("audit").watch(sys.modules[__name__])
+        importlib.import_module("audit").Auditor(sys.modules[__name__])
     source = h.eval_only or h.export_only
     h, decoded = load_artifact(source) if source else (h, None)
     rt = Runtime(h)

@@ -453,11 +453,6 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def watch(script: ModuleType) -> Auditor:
-    """Returns the auditor of a script that is about to run its `main`."""
-    return Auditor(script)
-
-
 def audit_run(folder: Path) -> bool:
     """Returns whether a finished run passes: an excerpt is scored with the run's own script, settings and artifact, and
     compliance.json put into the run's folder. SystemExit if that cannot be done."""

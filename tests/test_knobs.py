@@ -255,7 +255,7 @@ def stage_main(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any
     fake("reload", lambda run, path: (calls.append(path.name), {})[1])
     for name in ("banner", "preflight", "train", "export", "report", "smoke"):
         fake(name, lambda *args: {})
-    patch.setitem(sys.modules, "audit", SimpleNamespace(watch=lambda script: calls.append(("watch", script))))
+    patch.setitem(sys.modules, "audit", SimpleNamespace(Auditor=lambda script: calls.append(("audit", script))))
     patch.setattr(sys, "path", list(sys.path))
     patch.setattr(t, "Hyperparameters", lambda: h)
     patch.setattr(t, "time", SimpleNamespace(time=lambda: 1e9, perf_counter=lambda: 0.0))
