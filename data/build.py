@@ -144,7 +144,11 @@ class Encoder:
     def __init__(self, path: Path):
         self.sp, self.vocab_size, self.kind = None, BYTE_VOCAB_SIZE, "byte"
         if path.suffix == ".json":
-            if path.read_bytes() != byte_tokenizer():
+            try:
+                known = json.loads(path.read_bytes()) == json.loads(byte_tokenizer())
+            except (OSError, ValueError, RecursionError):
+                known = False
+            if not known:
                 raise DataError(f"{path} is not the byte-level vocabulary: use --vocab bytes, or a SentencePiece model")
             return
         import sentencepiece
@@ -438,7 +442,7 @@ class Build:
     def reject(self, rejected: Rejected) -> None:
         """Counts what is no document, and shows the first ones."""
         shown = sum(self.rejected.values())
-        self.rejected[re.sub(r"[\d,]+", "N", rejected.reason.split(" (")[0])] += 1
+        self.rejected[rejected.reason.split(" (")[0]] += 1
         if shown < SHOWN_REJECTIONS:
             print(f"no document: {rejected.file}:{rejected.line}: {rejected.reason}", file=sys.stderr)
         elif shown == SHOWN_REJECTIONS:
@@ -451,13 +455,14 @@ class Build:
         if not training and self.settings.dedup == "none":
             return found
         fraction = self.settings.sample_bytes / max(1, self.num_bytes) if training else 0.0
-        progress = Progress("sampling", self.num_bytes, "MB", 1e-6)
+        progress = Progress("sampling", len(self.docs_per_batch), "batches")
+        tasks = (task for task in self.tasks() if training or task.val)
         with (self.work / "sample.txt").open("w", encoding="utf-8") as sample:
-            for batch, part in zip(self.docs_per_batch, self.run("select", self.tasks(), sample_fraction=fraction)):
+            for part in self.run("select", tasks, sample_fraction=fraction):
                 found.keys.extend(part.keys)
                 found.signatures.extend(part.signatures)
                 sample.writelines(" ".join(text.splitlines()) + "\n" for text in part.sample)
-                progress.advance(self.num_bytes * batch / sum(self.docs_per_batch))
+                progress.advance(1)
         return found
 
     @property
@@ -585,19 +590,18 @@ def smallest(keys: np.ndarray, places: np.ndarray, count: int) -> tuple[np.ndarr
 
 
 @contextlib.contextmanager
-def spooled(paths: list[str], root: Path, kind: str) -> Iterator[list[Path]]:
+def spooled(paths: list[str], place: Path) -> Iterator[list[Path]]:
     """Yields the paths; what comes from standard input lies in a file meanwhile, as it is read three times."""
     if "-" not in paths:
         yield [Path(path) for path in paths]
         return
-    spool = root / "datasets" / f"standard_input.{ {'text': 'txt'}.get(kind, 'jsonl') }"
-    spool.parent.mkdir(parents=True, exist_ok=True)
-    with spool.open("wb") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file, shards.PIECE_BYTES)
+    place.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield [spool if path == "-" else Path(path) for path in paths]
+        with place.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file, shards.PIECE_BYTES)
+        yield [place if path == "-" else Path(path) for path in paths]
     finally:
-        spool.unlink()
+        place.unlink(missing_ok=True)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -640,8 +644,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     ):
         if not low <= (value := getattr(args, name)) <= high:
             raise DataError(f"--{name.replace('_', '-')} {value} is not between {low:,} and {high:,}")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.name):
-        raise DataError(f"--name {args.name}: use letters, digits, '.', '_' and '-'")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.name) or re.search(r"_(train|val)(_|$)", args.name):
+        raise DataError(f"--name {args.name}: use letters, digits, '.', '_' and '-', and no _train or _val as a word")
     if args.vocab.isdigit() and not SMALLEST_VOCAB <= int(args.vocab) <= LARGEST_VOCAB:
         raise DataError(f"--vocab {args.vocab} is not between {SMALLEST_VOCAB:,} and {LARGEST_VOCAB:,} pieces")
     if not (args.vocab.isdigit() or args.vocab == "bytes" or Path(args.vocab).is_file()):
@@ -656,7 +660,8 @@ def main(arguments: list[str] | None = None) -> None:
     names = [field for field in Settings._fields if field != "on_bad"]
     settings = Settings(**{name: getattr(args, name) for name in names}, on_bad=args.bad)
     start = time.monotonic()
-    with spooled(args.paths, args.root, args.format) as paths:
+    spool = args.root / "datasets" / f"{args.name}.stdin.{'txt' if args.format == 'text' else 'jsonl'}"
+    with spooled(args.paths, spool) as paths:
         if args.vocab.isdigit() or args.vocab == "bytes":
             vocabulary = "byte260" if args.vocab == "bytes" else f"sp{args.vocab}"
         else:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
-import io
 import json
 import math
 import os
@@ -27,10 +26,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import build as builder
 import numpy as np
+import shards
 
-SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
-PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 NUM_TRAIN_SHARDS = 2  # so that a demonstration crosses a shard boundary
 
 SKIPPED_FOLDERS = {"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"}
@@ -141,79 +140,39 @@ def hash_corpus(corpus: Corpus) -> str:
 # ---- tokens and files --------------------------------------------------------------------------------------------
 
 
-def train_tokenizer(documents: list[str], vocab_size: int) -> Any:
-    """Returns a `SentencePieceProcessor`: a BPE model with the options of the challenge's own 1024-piece tokenizer."""
-    try:
-        import sentencepiece
-    except ImportError as error:
-        raise SystemExit("sentencepiece is not installed: pip install -r requirements.txt") from error
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        # A training sentence is a whole document, exactly what is encoded later: cut into paragraphs, their first words
-        # would be counted without the leading "▁". The limit matters: longer sentences are left out without an error.
-        sentence_iterator=iter(documents),
-        max_sentence_length=max(len(document.encode()) for document in documents),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        character_coverage=0.999,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        split_digits=True,
-        add_dummy_prefix=False,
-        normalization_rule_name="nmt_nfkc",  # folds newlines and tabs into spaces: "a\nb" is "a", "▁b"
-        pad_id=PAD_ID,
-        bos_id=BOS_ID,
-        eos_id=EOS_ID,
-        unk_id=UNK_ID,
-        num_threads=1,
-        minloglevel=2,
-    )
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    assert processor.get_piece_size() == vocab_size, f"{processor.get_piece_size()} pieces, not {vocab_size}"
-    # Without a piece of its own a lone space becomes three byte tokens, and bits per byte come out wrong.
-    assert processor.piece_to_id("▁") != UNK_ID, f"no bare ▁ among {vocab_size} pieces"
-    return processor
-
-
-def encode_documents(processor: Any, documents: list[str]) -> tuple[list[list[int]], dict[str, float]]:
+def encode_documents(encoder: builder.Encoder, documents: list[str]) -> tuple[list[np.ndarray], dict[str, float]]:
     """Returns each document's tokens, BOS first and no EOS, and the counts of the split.
 
     Bytes are those of the decoded text, which is what bits per byte are divided by.
     """
-    encoded = processor.encode(documents, add_bos=True)
-    num_tokens, num_bytes = sum(map(len, encoded)), count_bytes(processor.decode(encoded))
+    encoded = encoder.encode(documents)
+    num_tokens, num_bytes = sum(map(len, encoded)), count_bytes(encoder.decode(encoded))
     counts = {"documents": len(documents), "tokens": num_tokens, "bytes": num_bytes}
     return encoded, {**counts, "bytes_per_token": num_bytes / num_tokens}
 
 
-def pack_shard(documents: list[list[int]]) -> bytes:
-    """Returns a shard: 256 little-endian int32 (magic, version, token count, zeros), then the tokens as uint16."""
-    tokens = np.array([token for document in documents for token in document], dtype="<u2")
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
-    return header.tobytes() + tokens.tobytes()
+def write_shard(path: Path, documents: list[np.ndarray]) -> dict[str, Any]:
+    """Writes a shard of documents and returns what the manifest says of it."""
+    tokens = np.concatenate(documents).astype("<u2")
+    write(path, shards.shard_header(len(tokens)) + tokens.tobytes())
+    return {"tokens": len(tokens), "sha256": shards.hash_file(path)}
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `content` so that a reader finds the old file or the new one, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def write(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all, and says so."""
+    shards.write_atomically(path, content)
     print(f"wrote {path} ({len(content):,} bytes)")
 
 
-def is_up_to_date(output: Path, manifest_path: Path, recipe: dict[str, Any]) -> bool:
-    """Returns whether the manifest was written for this recipe and every file it names is there unchanged."""
+def is_up_to_date(folder: Path, recipe: dict[str, Any]) -> bool:
+    """Returns whether the folder's manifest was written for this recipe and every file it names is there unchanged."""
     try:
-        manifest = json.loads(manifest_path.read_text())
-        hashes = {name: hashlib.sha256((output / name).read_bytes()).hexdigest() for name in manifest["files"]}
-        return manifest == {**manifest, **recipe, "files": hashes}
-    except (OSError, ValueError, KeyError, TypeError):  # a file is missing, or the manifest is not ours
+        manifest = shards.read_manifest(folder) or {}
+        files = {name: file["sha256"] for name, file in manifest["files"].items()}
+        files[manifest["tokenizer"]["path"]] = manifest["tokenizer"]["sha256"]
+        same = all(shards.hash_file(folder / name) == sha256 for name, sha256 in files.items())
+        return same and manifest == {**manifest, **recipe}
+    except (OSError, KeyError, TypeError, shards.DataError):  # a file is missing, or the manifest is not ours
         return False
 
 
@@ -228,27 +187,28 @@ def build(output: Path, vocab_size: int = 1024, force: bool = False) -> None:
     corpus = split_documents(collect_documents(Path(sysconfig.get_path("stdlib"))))
     recipe = {"corpus_sha256": hash_corpus(corpus), "python": platform.python_version(), "vocab_size": vocab_size}
     print(f"corpus of CPython {recipe['python']}: sha256 {recipe['corpus_sha256']}")
-    dataset, tokenizer = f"datasets/demo_sp{vocab_size}", f"tokenizers/demo_{vocab_size}_bpe.model"
-    manifest_path = output / dataset / "manifest.json"
-    if not force and is_up_to_date(output, manifest_path, recipe):
-        print(f"up to date: {manifest_path} ({time.perf_counter() - started:.1f} s)")
+    folder = output / "datasets" / f"demo_sp{vocab_size}"
+    tokenizer = output / "tokenizers" / f"demo_{vocab_size}_bpe.model"
+    if not force and is_up_to_date(folder, recipe):
+        print(f"up to date: {folder / 'manifest.json'} ({time.perf_counter() - started:.1f} s)")
         return
 
-    print(f"{manifest_path} is absent, stale or overruled: training a tokenizer of {vocab_size} pieces")
-    processor = train_tokenizer(corpus.train, vocab_size)
-    train, train_counts = encode_documents(processor, corpus.train)
-    validation, validation_counts = encode_documents(processor, corpus.validation)
-    contents = {tokenizer: processor.serialized_model_proto(), f"{dataset}/demo_val_000000.bin": pack_shard(validation)}
+    print(f"{folder} is absent, stale or overruled: training a tokenizer of {vocab_size} pieces")
+    longest = max(len(document.encode()) for document in corpus.train)
+    write(tokenizer, builder.train_tokenizer(corpus.train, vocab_size, longest))
+    encoder = builder.Encoder(tokenizer)
+    train, train_counts = encode_documents(encoder, corpus.train)
+    validation, validation_counts = encode_documents(encoder, corpus.validation)
+    files = {"demo_val_000000.bin": validation}
     for i in range(NUM_TRAIN_SHARDS):
         first, end = len(train) * i // NUM_TRAIN_SHARDS, len(train) * (i + 1) // NUM_TRAIN_SHARDS
-        contents[f"{dataset}/demo_train_{i:06d}.bin"] = pack_shard(train[first:end])
-    for name, content in contents.items():
-        write_atomically(output / name, content)
-
-    manifest = {**recipe, "tokenizer": Path(tokenizer).name, "train": train_counts, "validation": validation_counts}
-    manifest["num_dropped_paragraphs"] = corpus.num_dropped_paragraphs
-    manifest["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    write_atomically(manifest_path, (json.dumps(manifest, indent=2) + "\n").encode())
+        files[f"demo_train_{i:06d}.bin"] = train[first:end]
+    manifest = {"name": folder.name, **recipe, "num_dropped_paragraphs": corpus.num_dropped_paragraphs}
+    manifest["files"] = {name: write_shard(folder / name, documents) for name, documents in files.items()}
+    manifest["tokenizer"] = shards.tokenizer_entry(folder, tokenizer, encoder.kind, vocab_size)
+    manifest["splits"] = {"train": train_counts, "val": validation_counts}
+    manifest["sources"] = [{"file": "the library's documentation", "licence": "PSF licence, as the running Python"}]
+    shards.write_manifest(folder, manifest)
     for split, counts in (("train", train_counts), ("validation", validation_counts)):
         print(f"{split}: {counts['documents']:,} documents, {counts['bytes'] / 1e6:.3f} MB, ", end="")
         print(f"{counts['tokens']:,} tokens, {counts['bytes_per_token']:.4f} bytes per token")

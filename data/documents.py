@@ -85,14 +85,38 @@ def open_unpacked(path: Path) -> Iterator[BinaryIO]:
         if path.suffix.lower() == ".gz":
             stream = stack.enter_context(gzip.open(path, "rb"))
         elif path.suffix.lower() == ".zst":
-            import zstandard
-
-            file = stack.enter_context(path.open("rb"))
-            reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-            stream = io.BufferedReader(reader, BATCH_BYTES)
+            stream = io.BufferedReader(ZstdReader(stack.enter_context(path.open("rb"))), BATCH_BYTES)
         else:
             stream = stack.enter_context(path.open("rb"))
         yield stream
+
+
+class ZstdReader(io.RawIOBase):
+    """The unpacked bytes of Zstandard frames. The library's own reader takes a file that was cut off for its end."""
+
+    def __init__(self, file: BinaryIO):
+        import zstandard
+
+        self.file, self.unpacker, self.inside = file, zstandard.ZstdDecompressor(), False
+        self.frame, self.packed, self.unpacked = self.unpacker.decompressobj(), b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.unpacked:
+            self.packed = self.packed or self.file.read(BATCH_BYTES // 8)  # text that repeats itself unpacks to much
+            if not self.packed and self.inside:
+                raise EOFError("it is cut off inside of a frame")
+            if not self.packed:
+                return 0
+            self.unpacked = memoryview(self.frame.decompress(self.packed))
+            self.packed, self.inside = self.frame.unused_data, not self.frame.eof
+            if self.frame.eof:
+                self.frame = self.unpacker.decompressobj()
+        count = min(len(buffer), len(self.unpacked))
+        buffer[:count], self.unpacked = self.unpacked[:count], self.unpacked[count:]
+        return count
 
 
 def read_batches(sources: Iterable[Source], options: Options) -> Iterator[Batch]:
@@ -180,7 +204,7 @@ def split_stream(stream: BinaryIO, kind: str, options: Options) -> Iterator[tupl
 
 def too_long(num_bytes: int, options: Options) -> str:
     """Returns the reason why so long a piece is no document."""
-    return f"{num_bytes:,} bytes, more than --max-document-bytes {options.max_document_bytes:,}"
+    return f"too long ({num_bytes:,} bytes, --max-document-bytes is {options.max_document_bytes:,})"
 
 
 def read_lines(stream: BinaryIO, limit: int) -> Iterator[tuple[int, bytes, int]]:

@@ -140,7 +140,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             raise ValueError("a file in it is no shard")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is no manifest of this project ({error!r}): remove it or make it anew") from None
     return manifest
 
