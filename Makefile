@@ -19,7 +19,11 @@ setup: .venv/run ## make .venv with what training needs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r records/requirements.txt
 	@touch $@
 
-.venv/test: .venv/tools tests/requirements.txt
+.venv/data: .venv/run data/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r data/requirements.txt
+	@touch $@
+
+.venv/test: .venv/tools .venv/data tests/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	@touch $@
 
@@ -28,6 +32,9 @@ demo: setup ## train, export, score and adapt a small model on this machine: abo
 	rm -rf logs/demo
 	set -a && source records/env/demo.env && set +a && RUN_ID=demo $(BIN)/python train_gpt.py
 	$(BIN)/python data/demo.py check logs/demo
+
+data: .venv/data ## fetch the published export: make data VARIANT=sp1024 TRAIN_SHARDS=80
+	$(BIN)/python data/download.py $(if $(VARIANT),--variant $(VARIANT)) $(if $(TRAIN_SHARDS),--train-shards $(TRAIN_SHARDS))
 
 train: setup ## train one of the systems in records/env/ on all GPUs here: make train CONFIG=pr1092, or CONFIG="pr1092 toy"
 	@test -n "$(CONFIG)" && ls $(CONFIG:%=records/env/%.env) > /dev/null 2>&1 || { echo "make train needs CONFIG, of: $$(cd records/env && ls *.env | sed 's/.env//' | xargs)"; exit 2; }
@@ -68,4 +75,4 @@ lint: .venv/test ## check style and types
 clean: ## remove what these commands made, except logs/
 	rm -rf .venv data/datasets/demo_sp1024 data/tokenizers/demo_1024_bpe.model .pytest_cache .ruff_cache
 
-.PHONY: help setup demo train fidelity audit report submission-demo test lint clean
+.PHONY: help setup demo data train fidelity audit report submission-demo test lint clean
