@@ -6,7 +6,7 @@
 
 Every setting is an environment variable, declared once in `Hyperparameters`. Reading downwards follows a token:
 
-    1 hyper-parameters  one line a knob             7 training    averages, fake quantization, preflight, the timed loop
+    1 hyper-parameters  one line a knob             7 training    averages, preflight, the timed loop
     2 runtime           device, ranks, clock, log   8 artifact    rows -> codes, scales -> a file of 16,000,000 bytes
     3 data              shards -> (x, y)            9 scoring     each target once, sliding windows -> bits per byte
     4 model             tokens -> nll              10 adaptation  score-first test-time training (TTT)
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import contextlib
 import difflib
 import hashlib
 import importlib
@@ -57,7 +56,7 @@ class UserError(ValueError):
 BIG = 10**12
 NUMBER = re.compile(r"[+-]?((0|[1-9][0-9_]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")  # no 092: float() reads 92.0
 # Variables of the published scripts without an effect here (the README says why): names, and families by first word.
-RETIRED = set("DTG EMBED_LR GPTQ GRAD_QUANT HEAD_LR KEEP_FLOAT_MAX_NUMEL LAWA MTP QAT WEIGHT_DECAY".split())
+RETIRED = set("DTG EMBED_LR GPTQ GRAD_QUANT HEAD_LR KEEP_FLOAT_MAX_NUMEL LATE LAWA MTP QAT WEIGHT_DECAY".split())
 # Foreign variables, and first words that those share with knobs (MAX_JOBS): of these only a near spelling is an error.
 COMMON = set("COMPILE DATA DEVICE EXPORT MAX MICRO MODEL MODEL_DIR NUM NUM_THREADS PROJ RUN SEED SIZE".split())
 
@@ -166,8 +165,6 @@ class Hyperparameters:
     swa_enabled = Knob(False, None, "export a mean of snapshots (of the EMA where that is on)")
     swa_every = Knob(50, (1, BIG), "steps between snapshots")
     swa_start_frac = Knob(0.4, (0.0, 1.0), "snapshots are taken while the learning-rate scale is below this")
-    late_qat = Knob(False, None, "train the end of the run on quantized weights (straight-through)")
-    late_qat_threshold = Knob(0.15, (0.0, 1.0), "from where the learning-rate scale has fallen to this")
     mlp_bits = Knob(6, (2, 16), "stored bits of the MLP matrices: 2 to 8, or 16 for fp16")
     attn_bits = Knob(6, (2, 16), "of the attention matrices")
     embed_bits = Knob(8, (2, 16), "of the token embedding and the value-embedding table")
@@ -245,7 +242,6 @@ class Hyperparameters:
             (self.stride > window, f"EVAL_STRIDE={self.eval_stride} is above the window of {window} positions"),
             (training and tokens % length, f"TRAIN_BATCH_TOKENS={tokens} is not a multiple of TRAIN_SEQ_LEN={length}"),
             (self.ttt_freeze_blocks > layers, f"TTT_FREEZE_BLOCKS={self.ttt_freeze_blocks} is over {layers} layers"),
-            (self.late_qat and self.floor is None, "LATE_QAT=1 needs the export's grid: set QUANT_FLOOR to a number"),
             (bits, f"{', '.join(bits)}: stored bits are 2 to 8, or 16 for fp16"),
             (self.eval_only and self.export_only, "EVAL_ONLY and EXPORT_ONLY are both set: use one of them"),
             (not re.fullmatch(r"(\w[\w.-]*)?", self.run_id), f"RUN_ID={self.run_id}: use letters, digits, '.', '_', -"),
@@ -958,20 +954,6 @@ def build_run(h: Hyperparameters, rt: Runtime, decoded: GPT | None = None) -> Ru
     return Run(h, rt, model, rt.compile(model.forward), rt.compile(model.token_nll), shards, val)
 
 
-@contextlib.contextmanager
-def fake_quantization(h: Hyperparameters, model: nn.Module, floor: float | None) -> Iterator[None]:
-    """Late quantization-aware training (QAT): inside, with a floor, matrices are what `quantize_rows` makes of them;
-    gradients update the masters (straight-through, Bengio et al. 2013). No graph changes, or is recompiled."""
-    named = model.named_parameters() if floor is not None else ()
-    masters = [(p.data, p.data.clone(), bits) for name, p in named if (bits := stored_bits(h, name)) < 16]
-    for weights, master, bits in masters:
-        codes, scale = quantize_rows(master, bits, floor)
-        weights.copy_(codes * scale.float())
-    yield
-    for weights, master, _ in masters:
-        weights.copy_(master)
-
-
 class Trainer:
     """The training step and its state. What is exported is an average, in fp32. The EMA's decay is min(EMA_DECAY, (1 +
     step) / (10 + step)), so that short runs forget their initialisation (0.997 holds 41% of it after 300 steps)."""
@@ -981,20 +963,16 @@ class Trainer:
         self.optimizer = Optimizer(run.h, run.rt, run.model)
         self.ema = [p.detach().clone() for p in self.parameters] if run.h.ema_enabled else []
         self.swa = [torch.zeros_like(p) for p in self.parameters] if run.h.swa_enabled else []
-        self.num_snapshots, self.qat_floor = 0, None  # the grid of fake quantization, once it is on
+        self.num_snapshots = 0
 
     def step(self, step: int, lr_scale: float, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Trains on the micro-batches and returns the mean loss over them and the processes, on the device."""
         h, rt = self.run.h, self.run.rt
-        if h.late_qat and self.qat_floor is None and lr_scale <= h.late_qat_threshold:
-            self.qat_floor = h.floor
-            rt.log(f"step:{step}/{h.iterations} late_qat: on, floor {h.floor}")
         total = torch.zeros((), device=rt.device)
-        with fake_quantization(h, self.run.model, self.qat_floor):
-            for x, y in batch:
-                loss = self.run.mean_loss(x, y) / len(batch)
-                loss.backward()
-                total += loss.detach()
+        for x, y in batch:
+            loss = self.run.mean_loss(x, y) / len(batch)
+            loss.backward()
+            total += loss.detach()
         self.optimizer.step(lr_scale, muon_momentum(h, step))
         self.update_averages(step + 1, lr_scale)
         return rt.all_reduce(total / rt.world_size)
@@ -1026,7 +1004,6 @@ def preflight(run: Run) -> float:
     initial = [p.detach().clone() for p in run.model.parameters()]
     if not (h.eval_only or h.export_only):
         trainer, (rows, cuts) = Trainer(run), batch_plan(h, rt.world_size)
-        trainer.qat_floor = h.floor if h.late_qat else None
         for step in range(h.warmup_steps if rt.compiled else min(2, h.warmup_steps)):
             x = torch.randint(h.vocab_size, (cuts, rows // cuts, h.train_seq_len), device=rt.device)
             trainer.step(step, 1.0, list(zip(x, x.roll(-1, -1))))
@@ -1079,8 +1056,6 @@ def train(run: Run) -> dict[str, Any]:
             start += rt.now() - paused
     ms, epochs = 1000 * rt.agree(rt.now() - start), float(loader.position / loader.offsets[-1])
     rt.log(f"trained: steps:{step} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms epochs:{epochs:.4f}")
-    if h.late_qat and trainer.qat_floor is None:
-        rt.log(f"WARNING: LATE_QAT never acted, the learning-rate scale ended at {lr_scale:.3f}")
     report_stage(rt, "raw", eval_val(run))
     rt.log(trainer.apply_average())
     report_stage(rt, "averaged", eval_val(run))

@@ -35,7 +35,6 @@ OTHER_VALUES: dict[str, Any] = {
     "ttt_lr_groups": "mlp.proj:3",
     **{name: 4 for name in KNOBS if name.endswith("_bits")},
 }
-COMPANIONS = {"late_qat": {"quant_floor": "1.0"}}  # a setting that another one needs
 
 
 def other_value(name: str) -> Any:
@@ -100,28 +99,26 @@ def test_a_default_is_read_on_the_class_and_can_be_written_down(name: str) -> No
 
 @pytest.mark.parametrize("name", KNOBS)
 def test_the_environment_sets_this_knob_with_its_type_and_no_other(name: str, environment: Callable) -> None:
-    wanted, companions = other_value(name), COMPANIONS.get(name, {})
+    wanted = other_value(name)
     assert wanted != DEFAULTS[name]
-    environment((name.upper(), as_text(wanted)), *upper(companions))
+    environment((name.upper(), as_text(wanted)))
     if name == "tie_embeddings":  # its other value is understood, and then refused
         with pytest.raises(t.UserError, match="TIE_EMBEDDINGS=0 is not built"):
             t.Hyperparameters()
         return
     h = t.Hyperparameters()
-    assert h.values() == {**DEFAULTS, **companions, name: wanted}
+    assert h.values() == {**DEFAULTS, name: wanted}
     assert type(getattr(h, name)) is type(DEFAULTS[name])
     assert getattr(t.Hyperparameters, name) == DEFAULTS[name]  # on the class it is still the default
-    assert h.given == {key: as_text(value) for key, value in {**companions, name: wanted}.items()}
+    assert h.given == {name: as_text(wanted)}
 
 
 @pytest.mark.parametrize("name", [name for name in KNOBS if name != "tie_embeddings"])
 def test_an_override_beats_the_environment(name: str, environment: Callable) -> None:
-    companions = COMPANIONS.get(name, {})
     environment((name.upper(), as_text(other_value(name))))
     assert t.Hyperparameters(**{name: DEFAULTS[name]}).values() == DEFAULTS
     environment((name.upper(), as_text(DEFAULTS[name])))
-    overridden = t.Hyperparameters(**{name: other_value(name), **companions}).values()
-    assert overridden == {**DEFAULTS, **companions, name: other_value(name)}
+    assert t.Hyperparameters(**{name: other_value(name)}).values() == {**DEFAULTS, name: other_value(name)}
 
 
 @pytest.mark.parametrize("name", KNOBS)
@@ -185,7 +182,7 @@ def test_the_defaults_are_the_documented_configuration(environment: Callable) ->
         "matrix_lr": 0.027, "scalar_lr": 0.025, "tied_embed_lr": 0.035, "muon_momentum": 0.99,
         "muon_momentum_warmup_start": 0.92, "muon_wd": 0.04, "adam_wd": 0.04, "grad_clip_norm": 0.3,
         "train_batch_tokens": 786_432, "train_seq_len": 2048, "max_wallclock_seconds": 600.0, "warmdown_frac": 0.5,
-        "ema_enabled": True, "ema_decay": 0.997, "swa_enabled": False, "late_qat": False, "mlp_bits": 6, "attn_bits": 6,
+        "ema_enabled": True, "ema_decay": 0.997, "swa_enabled": False, "mlp_bits": 6, "attn_bits": 6,
         "embed_bits": 8, "quant_floor": "auto", "compressor": "zstd", "size_limit": 16_000_000, "eval_stride": 64,
         "ttt_enabled": True, "ttt_mode": "score_first", "ttt_optimizer": "sgd", "ttt_lr": 0.03, "ttt_momentum": 0.9,
         "ttt_epochs": 3, "ttt_chunk_tokens": 32_768, "ttt_cosine": True, "max_val_tokens": 0,
@@ -203,6 +200,7 @@ def test_the_defaults_are_the_documented_configuration(environment: Callable) ->
         *((name, "1", [name, "no effect", "unset"]) for name in ("LAWA_ENABLED", "LAWA_K", "MTP_NUM_HEADS")),
         *((name, "1", [name, "no effect", "unset"]) for name in ("GPTQ_ENABLED", "DTG_ENABLED", "GRAD_QUANT")),
         *((name, "1", [name, "no effect", "unset"]) for name in ("QAT_ENABLED", "QAT_THRESHOLD", "WEIGHT_DECAY")),
+        *((name, "1", [name, "no effect", "unset"]) for name in ("LATE_QAT", "LATE_QAT_THRESHOLD")),
         *((name, "1", [name, "no effect", "unset"]) for name in ("EMBED_LR", "HEAD_LR", "KEEP_FLOAT_MAX_NUMEL")),
         *((name, "1", [name, "no setting"]) for name in ("MUON_BETA2", "VAL_BATCH_SIZE", "TTT_TEMP", "GRAD_ACCUM")),
         # A first word that only this script uses, and spellings near to those with a common first word.
@@ -299,7 +297,6 @@ CROSS_CHECKS: list[tuple[dict[str, Any], str]] = [
     ({"train_batch_tokens": 786_433}, r"TRAIN_BATCH_TOKENS=786433 is not a multiple of TRAIN_SEQ_LEN=2048"),
     ({"train_batch_tokens": 1024}, r"TRAIN_BATCH_TOKENS=1024 is not a multiple of TRAIN_SEQ_LEN=2048"),
     ({"ttt_freeze_blocks": 12}, r"TTT_FREEZE_BLOCKS=12 is over 11 layers"),
-    ({"late_qat": True}, r"LATE_QAT=1 .*set QUANT_FLOOR to a number"),
     ({"quant_floor": "-0.1"}, r"QUANT_FLOOR=-0\.1 .*1000"),
     ({"quant_floor": "1001"}, r"QUANT_FLOOR=1001(\.0)? .*1000"),
     ({"quant_floor": "nan"}, r"QUANT_FLOOR=nan"),
@@ -344,7 +341,7 @@ def test_settings_that_do_not_fit_together_are_refused_by_name(
         ({"bigram_vocab_size": 2}, {"bigram_vocab_size": 2}),
         ({"ttt_freeze_blocks": 11}, {"ttt_freeze_blocks": 11}),
         ({"quant_floor": "0"}, {"floor": 0.0}),
-        ({"quant_floor": "1000", "late_qat": True}, {"floor": 1000.0}),
+        ({"quant_floor": "1000"}, {"floor": 1000.0}),
         ({"ttt_lr_groups": "mlp.proj:3,mlp.fc:.5"}, {"ttt_multipliers": {"mlp.proj": 3.0, "mlp.fc": 0.5}}),
         ({"fp16_keep_name_patterns": "tok_emb,,attn.c_k"}, {"fp16_patterns": ["tok_emb", "attn.c_k"]}),
         ({"mlp_bits": 2, "attn_bits": 8, "embed_bits": 16}, {"mlp_bits": 2, "attn_bits": 8, "embed_bits": 16}),

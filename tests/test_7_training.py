@@ -1,8 +1,7 @@
-"""The training step and all around it: averages, fake quantization, micro-batches, the clock, the preflight."""
+"""The training step and all around it: averages, micro-batches, the clock, the preflight."""
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import random
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_8_artifact import quantize_reference
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -171,132 +169,6 @@ def test_the_training_step_updates_the_averages_with_the_weights_after_it(make_r
         assert torch.allclose(e, initial[name] * 2 / 11 + p.detach() * 9 / 11, rtol=1e-6, atol=1e-6), name
 
 
-# ----------------------------------------------------------------------------------------------- fake quantization
-QAT = {"late_qat": True, "quant_floor": "0.5", "late_qat_threshold": 0.15, "mlp_bits": 3, "attn_bits": 4}
-
-
-def reference_weights(run: t.Run) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Returns dequantized weights by the formula, and which rows are not decided by rounding errors."""
-    stored = {"mlp.": run.h.mlp_bits, "attn.": run.h.attn_bits, "embed.": 8, "tok_emb": 8}
-    weights, sure = {}, {}
-    for name, p in run.model.named_parameters():
-        bits = [b for part, b in stored.items() if part in name and p.dim() == 2]
-        if not bits or "q_gain" in name:
-            continue
-        codes, scales, _, ambiguous = quantize_reference(p.detach().numpy(), bits[0], run.h.floor)
-        weights[name], sure[name] = codes.astype(np.float32) * scales.astype(np.float32), ~ambiguous
-    assert len(weights) == 3 * 6 + 3, "4 attention and 2 MLP matrices a block, and 3 tables"
-    return weights, sure
-
-
-def test_inside_the_with_the_weights_are_quantized_and_outside_they_are_the_masters(make_run: Callable) -> None:
-    run = make_run(**QAT)
-    masters, (expected, sure) = snapshot(run), reference_weights(run)
-    assert sum(s.sum() for s in sure.values()) > 0.95 * sum(len(s) for s in sure.values())
-    with t.fake_quantization(run.h, run.model, run.h.floor):
-        inside = snapshot(run)
-    for name, w in inside.items():
-        if name in expected:
-            assert np.array_equal(w.numpy()[sure[name]], expected[name][sure[name]]), name
-            assert not torch.equal(w, masters[name]), name
-        else:
-            assert torch.equal(w, masters[name]), f"{name} is stored in fp16"
-    assert_same_bits(snapshot(run), masters)
-    with t.fake_quantization(run.h, run.model, None):  # not yet on
-        assert_same_bits(snapshot(run), masters)
-    assert_same_bits(snapshot(run), masters)
-
-
-def test_inside_the_with_the_model_is_the_one_that_the_artifact_holds(make_run: Callable) -> None:
-    run = make_run(**QAT)
-    weights = {name: p.detach() for name, p in run.model.named_parameters()}
-    _, decoded = t.decode(t.encode(run.h, t.quantize_weights(run.h, weights, 0.5, run.h.prune_frac), 0.5, "none"), "x")
-    with t.fake_quantization(run.h, run.model, run.h.floor):
-        for name, p in run.model.named_parameters():
-            if t.stored_bits(run.h, name) < 16:
-                assert torch.equal(p.detach(), decoded[name]), name
-
-
-def test_gradients_are_those_at_the_quantized_weights_and_reach_the_masters(
-    make_run: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = make_run(**QAT)
-    masters, batch, trainer = snapshot(run), random_batch(run), t.Trainer(run)
-    quantized = copy.deepcopy(run.model)
-    with torch.no_grad():
-        for name, bits, codes, scales in t.quantize_weights(run.h, masters, run.h.floor, run.h.prune_frac):
-            if bits < 16:
-                quantized.get_parameter(name).copy_(codes.float() * scales.float())
-    quantized(*batch[0]).backward()
-    seen = {}
-
-    def spy(lr_scale: float, momentum: float) -> torch.Tensor:
-        for name, p in run.model.named_parameters():
-            assert torch.equal(p.detach(), masters[name]), f"{name}: the update must start from the master"
-            seen[name] = p.grad.clone()
-        return torch.zeros(())
-
-    monkeypatch.setattr(trainer.optimizer, "step", spy)
-    loss = trainer.step(0, 0.15, batch)
-    with torch.no_grad():
-        assert torch.equal(loss, quantized(*batch[0]))
-    for name, p in quantized.named_parameters():
-        assert torch.equal(seen[name], p.grad), name
-
-
-def test_fake_quantization_with_a_learning_rate_of_0_leaves_the_masters_bit_identical(make_run: Callable) -> None:
-    run = make_run(**QAT)
-    masters, trainer = snapshot(run), t.Trainer(run)
-    trainer.step(0, 0.0, random_batch(run))
-    assert trainer.qat_floor == 0.5
-    assert_same_bits(snapshot(run), masters)
-
-
-def test_fake_quantization_begins_exactly_at_its_threshold_and_changes_the_training(
-    make_run: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scales = [1.0, 0.5, math.nextafter(0.15, 1), 0.15, 0.1, 0.3]
-    losses, lines = {}, []
-    for late_qat in (False, True):
-        run = make_run(**{**QAT, "late_qat": late_qat})
-        trainer = t.Trainer(run)
-        lines = log_lines(run, monkeypatch)
-        losses[late_qat] = [trainer.step(i, scale, random_batch(run, i)).item() for i, scale in enumerate(scales)]
-    assert lines == ["step:3/20000 late_qat: on, floor 0.5"]
-    assert losses[True][:3] == losses[False][:3], "before it nothing differs, bit by bit"
-    # 3 bits of weights of order 1: the loss moves by percents, at the first quantized step already.
-    assert all(abs(a - b) > 1e-3 for a, b in zip(losses[True][3:], losses[False][3:]))
-
-
-def test_scoring_and_adaptation_see_nothing_of_fake_quantization(
-    make_run: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scores = []
-    for late_qat in (True, False):
-        run = make_run(**{**QAT, "late_qat": late_qat})
-        if late_qat:
-            trainer = t.Trainer(run)
-            trainer.step(0, 0.0, random_batch(run))  # on, and a learning rate of 0 changes nothing
-            assert trainer.qat_floor is not None
-        for name in ("fake_quantization", "quantize_rows"):
-            monkeypatch.setattr(t, name, lambda *arguments, name=name: pytest.fail(f"{name} was used"))
-        scores.append((t.eval_val(run)[:2], t.eval_val_ttt(run)[:2], t.evaluate(run)[0][:2]))
-        monkeypatch.undo()
-        monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    assert scores[0] == scores[1]
-
-
-def test_a_run_in_which_fake_quantization_never_acted_says_so(
-    make_run: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for threshold, expected in ((0.01, "WARNING: LATE_QAT never acted"), (0.5, "late_qat: on, floor 0.5")):
-        run = make_run(**{**QAT, "late_qat_threshold": threshold, "iterations": 5, "max_wallclock_seconds": 0.0})
-        lines = log_lines(run, monkeypatch)
-        t.train(run)
-        assert sum("late_qat" in line.lower() for line in lines) == 1
-        assert any(expected in line for line in lines)
-
-
 # ---------------------------------------------------------------------------------------------------- the step
 def test_micro_batches_make_the_step_of_one_big_batch(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
@@ -346,7 +218,7 @@ def test_training_twice_with_one_seed_gives_bit_identical_losses_and_weights(
 ) -> None:
     results = []
     for _ in range(2):
-        run = make_run(**FEW, swa_enabled=True, swa_every=2, **QAT)
+        run = make_run(**FEW, swa_enabled=True, swa_every=2)
         results.append((train_losses(run, monkeypatch), snapshot(run)))
     (first, weights), (second, others) = results
     assert len(first[0]) == 8 and first[0] == second[0] and first[2] == second[2]
@@ -438,7 +310,7 @@ def test_a_real_run_with_a_cap_ends_in_time(make_run: Callable) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- the preflight
-EVERYTHING = {**QAT, **FEW, "swa_enabled": True, "swa_every": 1, "quant_floor": "1.0"}
+EVERYTHING = {**FEW, "swa_enabled": True, "swa_every": 1, "quant_floor": "1.0", "mlp_bits": 3, "attn_bits": 4}
 
 
 @pytest.mark.parametrize("settings", [{}, EVERYTHING, {"ttt_mode": "pre"}, {"ttt_enabled": False, "eval_stride": 0}])
@@ -474,7 +346,6 @@ def test_the_preflight_reports_no_event_of_the_training(make_run: Callable, monk
         "Optimizer.step",
         "Adapter.step",
         "Scorer.score",
-        "fake_quantization",
         "quantize_rows",
         "encode",
         "decode",
@@ -558,7 +429,7 @@ def test_averages_take_one_operation_for_all_tensors(make_run: Callable) -> None
 def test_a_slow_first_step_does_not_lower_the_learning_rate(
     make_run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The published mean had it: 0.69 of the rate at step 1, and late QAT latched for good where it compiled."""
+    """The published mean had it: 0.69 of the rate at step 1."""
     run = make_run(max_wallclock_seconds=100.0, warmdown_iters=50, val_loss_every=0)
     clock, scales, step = iter([30.0, 30.5, *(30.5 + 0.5 * i for i in range(1, 1000))]), [], t.Trainer.step
     monkeypatch.setattr(run.rt, "agree", lambda number: next(clock))
@@ -595,7 +466,7 @@ def test_a_step_reads_no_number_from_the_device(make_run: Callable) -> None:
             self.number += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
             return func(*args, **(kwargs or {}))
 
-    run = make_run(swa_enabled=True, swa_every=1, late_qat=True, late_qat_threshold=0.5, quant_floor="1.0")
+    run = make_run(swa_enabled=True, swa_every=1)
     trainer = t.Trainer(run)
     for step, scale in enumerate((1.0, 0.3)):
         with Reads() as mode:
@@ -606,14 +477,12 @@ def test_a_step_reads_no_number_from_the_device(make_run: Callable) -> None:
         assert mode.number == 1  # and it would have been seen
 
 
-def test_fake_quantization_acts_in_compiled_training_as_in_eager(make_run: Callable) -> None:
-    """Published: a flag inside of the graph, which the compiler folded away. Here the graph of the first step, made
-    without fake quantization, is that of the steps with it."""
+def test_compiled_training_is_one_graph_with_the_losses_of_eager(make_run: Callable) -> None:
+    """The graph of the first step is that of all, and no weight is folded into it."""
     losses = []
     for compiled in (False, True):
         torch.compiler.reset()
-        run = make_run(late_qat=True, late_qat_threshold=0.5, quant_floor="1.0", ttt_enabled=False)
-        graphs = []
+        run, graphs = make_run(ttt_enabled=False), []
 
         def backend(module: torch.fx.GraphModule, inputs: list, graphs: list = graphs) -> Callable:
             graphs.append(module)
@@ -628,9 +497,6 @@ def test_fake_quantization_acts_in_compiled_training_as_in_eager(make_run: Calla
         assert len(graphs) == int(compiled)
     # The same operations, perhaps fused or in another order: 1e-6 relative a step on a loss of about 10.
     assert losses[1] == pytest.approx(losses[0], abs=2e-4)
-    plain = t.Trainer(run := make_run(ttt_enabled=False))
-    without = [plain.step(i, scale, random_batch(run)).item() for i, scale in enumerate(scales)]
-    assert without[:2] == pytest.approx(losses[0][:2], abs=1e-6) and abs(without[2] - losses[0][2]) > 1e-2
 
 
 @pytest.mark.parametrize("stride", [0, 8])

@@ -7,7 +7,6 @@ says, for each, where there must be a difference. Everywhere else there must be 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -35,9 +34,9 @@ BASE = {
     **TINY,
     "device": "auto", "data_path": "shards", "tokenizer_path": "a.model", "vocab_size": 40, "model_dim": 16,
     "rope_train_len": 8, "xsa_last_n": 2, "trigram_vocab_size": 32, "trigram_dim": 12, "proj_bits": 8,
-    "quant_floor": "0.05", "late_qat": True, "swa_enabled": True, "swa_every": 2, "iterations": 24,
+    "quant_floor": "0.05", "swa_enabled": True, "swa_every": 2, "iterations": 24,
 }  # fmt: skip
-FITTED = {"late_qat": False, "quant_floor": "auto"}  # the floor is found by size
+FITTED = {"quant_floor": "auto"}  # the floor is found by size
 STORED = {  # the parameters that have a knob for their bits; all others are the "rest"
     "attn": r"blocks\.\d+\.attn\.(c_q|c_k|c_v|proj)\.weight",
     "mlp": r"blocks\.\d+\.mlp\.(fc|proj)\.weight",
@@ -51,7 +50,7 @@ def each(stage: str, *groups: str) -> str:
     return " ".join(f"{stage}:{group}" for group in groups)
 
 
-QAT, CODES = each("qat", *STORED), each("codes", *STORED)
+CODES = each("codes", *STORED)
 MATRICES, TABLES, REST = each("update", "attn", "mlp", "proj"), each("update", "embed", "hash"), "update:rest"
 TTT = each("ttt", *STORED, "rest") + " adapted"
 WINDOWS = f"text plain sliding {TTT} score_batches ttt_batches preflight banner"  # all that is cut into windows
@@ -124,15 +123,13 @@ TURNS: dict[str, tuple] = {
     "swa_enabled": (True, False, "averages"),
     "swa_every": (2, 3, "averages"),
     "swa_start_frac": (0.4, 0.7, "averages"),
-    "late_qat": (True, False, QAT),
-    "late_qat_threshold": (0.15, 0.3, QAT),
-    "mlp_bits": (6, 5, "qat:mlp codes:mlp size banner"),
-    "attn_bits": (6, 5, "qat:attn codes:attn size banner"),
-    "embed_bits": (8, 6, "qat:embed codes:embed size banner"),
-    "bigram_bits": (8, 6, "qat:hash codes:hash size banner"),
-    "proj_bits": (8, 16, "qat:proj codes:proj size banner"),
-    "fp16_keep_name_patterns": ("", "attn.c_k", "qat:attn codes:attn size banner"),
-    "quant_floor": ("0.05", "0.5", f"{QAT} {CODES} size"),
+    "mlp_bits": (6, 5, "codes:mlp size banner"),
+    "attn_bits": (6, 5, "codes:attn size banner"),
+    "embed_bits": (8, 6, "codes:embed size banner"),
+    "bigram_bits": (8, 6, "codes:hash size banner"),
+    "proj_bits": (8, 16, "codes:proj size banner"),
+    "fp16_keep_name_patterns": ("", "attn.c_k", "codes:attn size banner"),
+    "quant_floor": ("0.05", "0.5", f"{CODES} size"),
     "prune_frac": (0.0, 0.3, f"{CODES} size"),
     "compressor": ("zstd", "lzma", "file"),
     "size_limit": (t.CODE.stat().st_size + 5000, t.CODE.stat().st_size + 4000, f"{CODES} size", FITTED),
@@ -307,7 +304,6 @@ def stage_train(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, An
 
     patch.setattr(t, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     patch.setattr(t, "Optimizer", lambda h, rt, model: SimpleNamespace(step=step))
-    patch.setattr(t, "fake_quantization", lambda *args: contextlib.nullcontext())
     patch.setattr(t.Trainer, "update_averages", lambda *args: None)
     patch.setattr(t, "eval_val", lambda run: SCORE)
     run = make_run(h, mean_loss=lambda x, y: torch.zeros((), requires_grad=True))
@@ -335,23 +331,6 @@ def stage_averages(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str,
         torch._foreach_mul_([p.data for p in run.model.parameters()], 0.9)
         trainer.update_averages(step, (5016 - step) / 16)
     return {"averages": (trainer.apply_average(), weights_of(run.model))}
-
-
-def stage_qat(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """qat: the weights that each step's forward pass sees while the learning rate falls."""
-    seen: list[dict] = []
-
-    def mean_loss(x: None, y: None) -> torch.Tensor:
-        seen.append(weights_of(run.model))
-        return torch.zeros((), requires_grad=True)
-
-    run = make_run(h, mean_loss=mean_loss)
-    patch.setattr(t, "Optimizer", lambda h, rt, model: SimpleNamespace(step=lambda *args: None))
-    patch.setattr(t.Trainer, "update_averages", lambda *args: None)
-    trainer = t.Trainer(run)
-    for step, lr_scale in enumerate((1.0, 0.5, 0.2, 0.1)):
-        trainer.step(step, lr_scale, [(None, None)])
-    return by_group("qat", {name: [weights[name] for weights in seen] for name in seen[0]})
 
 
 def stage_export(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -494,8 +473,8 @@ def test_a_knob_with_one_value_refuses_any_other(knob: str) -> None:
 def test_every_knob_is_turned_and_every_stage_is_reached_by_one() -> None:
     assert sorted([*TURNS, *FIXED]) == sorted(t.Hyperparameters.knobs())
     reached = {stage for _, _, stages, *_ in TURNS.values() for stage in stages.split()}
-    # Gains, scales and gates are fp16 whatever is set, and not quantized in training.
-    assert reached == turned("seed")[0].keys() - {"settings", "codes:rest", "qat:rest"}
+    # Gains, scales and gates are fp16 whatever is set.
+    assert reached == turned("seed")[0].keys() - {"settings", "codes:rest"}
 
 
 def test_the_same_settings_twice_do_the_same() -> None:

@@ -131,7 +131,6 @@ COMMON = {
     "ema_decay": 0.997,
     "swa_every": 50,
     "swa_start_frac": 0.4,
-    "late_qat": False,
     "attn_bits": 6,
     "eval_stride": 64,
     "ttt_cosine": True,
@@ -342,6 +341,7 @@ COMMAND_1092 = """BIGRAM_VOCAB_SIZE=2048 TRIGRAM_VOCAB_SIZE=0 XSA_LAST_N=11 EMA_
     TTT_BATCH_SEQS=32 TTT_GRAD_CLIP=1.0 MUON_WD=0.04 ADAM_WD=0.04 MATRIX_LR=0.025 SCALAR_LR=0.025 TIED_EMBED_LR=0.035
     MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=092 MUON_MOMENTUM_WARMUP_STEPS=1500 WARMDRON_ITERS=3500
     ITERATIONS=9000 MAX_WALLCLOCK_SECONDS=580 EVAL_STRIDE=64 SEED=1337"""
+LATE_QAT = [(name, None, f"{name} has no effect in this script") for name in ("LATE_QAT", "LATE_QAT_THRESHOLD")]
 
 
 def parse(command: str) -> dict[str, str]:
@@ -352,13 +352,13 @@ def parse(command: str) -> dict[str, str]:
     ("command", "refusals"),
     [
         (COMMAND_518, []),
-        (COMMAND_549, [("LATE_QAT", "0", "set QUANT_FLOOR to a number")]),
+        (COMMAND_549, LATE_QAT),
         (
             COMMAND_1092,
             [
+                *LATE_QAT,
                 ("WARMDRON_ITERS", None, "WARMDRON_ITERS is no setting of this script (did you mean WARMDOWN_ITERS?)"),
                 ("MUON_MOMENTUM_WARMUP_START", "0.92", "MUON_MOMENTUM_WARMUP_START=092 is not allowed"),
-                ("LATE_QAT", "0", "set QUANT_FLOOR to a number"),
             ],
         ),
     ],
@@ -368,8 +368,8 @@ def test_the_published_commands_are_refused_where_they_are_wrong(
     command: str, refusals: list[tuple], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each refusal names the variable and the fix; mended one after the other, the command is accepted at last, and
-    every name in it is then a setting that is read. (EMA_ENABLED, EMA_DECAY and LATE_QAT, which the scripts of 549 and
-    1092 never read, are settings here.)"""
+    every name in it is then a setting that is read. (EMA_ENABLED and EMA_DECAY, which the scripts of 549 and 1092 never
+    read, are settings here.)"""
     for name, value in parse(command).items():
         monkeypatch.setenv(name, value)
     for name, mended, message in refusals:
@@ -387,20 +387,13 @@ def test_the_published_commands_are_refused_where_they_are_wrong(
             assert getattr(h, name.lower()) == h.knobs()[name.lower()].parse(name, value)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "settings"),
-    [
-        ("ema_enabled", False, {}),
-        ("ema_decay", 0.5, {}),
-        ("late_qat", True, {"quant_floor": "0.5", "late_qat_threshold": 1.0}),
-    ],
-)
-def test_the_three_names_that_pr_549_never_read_change_the_training_here(
-    name: str, value: object, settings: dict, make_run: Callable
+@pytest.mark.parametrize(("name", "value"), [("ema_enabled", False), ("ema_decay", 0.5)])
+def test_the_two_names_that_pr_549_never_read_change_the_training_here(
+    name: str, value: object, make_run: Callable
 ) -> None:
     exported = []
     for change in ({}, {name: value}):
-        run = make_run(train_seq_len=32, train_batch_tokens=256, **{**settings, **change})
+        run = make_run(train_seq_len=32, train_batch_tokens=256, **change)
         trainer = t.Trainer(run)
         for step in range(12):  # the EMA's decay has then risen above 0.5
             ids = torch.randint(run.h.vocab_size, (8, 33), generator=torch.Generator().manual_seed(step))
@@ -586,7 +579,6 @@ def test_the_map_of_mechanisms_leads_to_names_that_exist() -> None:
         ("gated attention", lambda h: h.gated_attention, "562"),
         ("EMA", lambda h: h.ema_enabled, "518, 977, 1092"),
         ('SWA ("Tight SWA" of 977 and 1092 was collected and not used)', lambda h: h.swa_enabled, "562"),
-        ("late QAT", lambda h: h.late_qat, "off: it never acted"),
         ("scale floor, fitting to the limit", lambda h: h.floor, "518, 977, 1092"),
         ("magnitude pruning", lambda h: h.prune_frac, "562"),
         ("XSA, exclusive self attention", lambda h: h.xsa_last_n, "all"),
