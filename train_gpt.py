@@ -57,6 +57,7 @@ BIG = 10**12
 NUMBER = re.compile(r"[+-]?((0|[1-9][0-9_]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")  # no 092: float() reads 92.0
 # Variables of the published scripts without an effect here (the README says why): names, and families by first word.
 RETIRED = set("DTG EMBED_LR GPTQ GRAD_QUANT HEAD_LR KEEP_FLOAT_MAX_NUMEL LATE LAWA MTP QAT WEIGHT_DECAY".split())
+RETIRED |= {"TRIGRAM_VOCAB_SIZE", "TRIGRAM_DIM"}
 # Foreign variables, and first words that those share with knobs (MAX_JOBS): of these only a near spelling is an error.
 COMMON = set("COMPILE DATA DEVICE EXPORT MAX MICRO MODEL MODEL_DIR NUM NUM_THREADS PROJ RUN SEED SIZE".split())
 
@@ -138,8 +139,6 @@ class Hyperparameters:
     bigram_vocab_size = ModelKnob(2048, (0, 2**24), "rows of the bigram hash table, the last one reserved; 0: none")
     bigram_dim = ModelKnob(128, (1, 16_384), "its width")
     trigram_shared = ModelKnob(False, None, "look up trigrams in the bigram table too (PR 562)")
-    trigram_vocab_size = ModelKnob(0, (0, 2**24), "rows of a separate trigram hash table (PR 1092); 0: none")
-    trigram_dim = ModelKnob(128, (1, 16_384), "its width")
     ve_enabled = ModelKnob(True, None, "value embeddings: token identity added to the values of some blocks")
     ve_dim = ModelKnob(128, (1, 16_384), "width of their table")
     ve_layers = ModelKnob("-2,-1", None, "their blocks; a negative number counts from the last")
@@ -216,7 +215,7 @@ class Hyperparameters:
         """Derives what is written as text, and raises UserError where settings do not fit together."""
         dim, heads, kv, window = self.model_dim, self.num_heads, self.num_kv_heads, self.window
         tokens, length, layers, rope = self.train_batch_tokens, self.train_seq_len, self.num_layers, self.rope_dims
-        tables, training = (self.bigram_vocab_size, self.trigram_vocab_size), not (self.eval_only or self.export_only)
+        table, training = self.bigram_vocab_size, not (self.eval_only or self.export_only)
         bits = [name.upper() for name in self.knobs() if name.endswith("_bits") and 8 < getattr(self, name) < 16]
         try:
             indices = [int(i) for i in self.ve_layers.split(",")] if self.ve_enabled else []
@@ -236,8 +235,8 @@ class Hyperparameters:
             (self.head_dim % 2, f"MODEL_DIM={dim} / NUM_HEADS={heads} is odd, but rotary positions need pairs"),
             (rope % 2 or rope > self.head_dim, f"ROPE_DIMS={rope} is odd or above the head width {self.head_dim}"),
             (max(length, window) * (rope or self.head_dim) > 2**27, f"{length} or {window} positions are too many"),
-            (1 in tables, f"BIGRAM_, TRIGRAM_VOCAB_SIZE={tables}: 1 leaves no row for n-grams, use 0 or at least 2"),
-            (self.trigram_shared and not self.bigram_vocab_size, "TRIGRAM_SHARED=1 needs BIGRAM_VOCAB_SIZE above 0"),
+            (table == 1, "BIGRAM_VOCAB_SIZE=1 leaves no row for n-grams: use 0 or at least 2"),
+            (self.trigram_shared and not table, "TRIGRAM_SHARED=1 needs BIGRAM_VOCAB_SIZE above 0"),
             (set(self.ve_blocks) - set(range(layers)), f"VE_LAYERS={self.ve_layers}: blocks are 0 to {layers - 1}"),
             (self.stride > window, f"EVAL_STRIDE={self.eval_stride} is above the window of {window} positions"),
             (training and tokens % length, f"TRAIN_BATCH_TOKENS={tokens} is not a multiple of TRAIN_SEQ_LEN={length}"),
@@ -745,8 +744,7 @@ class GPT(nn.Module):
         self.tok_emb, self.smear, rotary = nn.Embedding(h.vocab_size, dim), SmearGate(dim), Rotary(h)
         rows, orders = h.bigram_vocab_size, (2, 3) if h.trigram_shared else (2,)
         self.bigram = TokenTable(rows, h.bigram_dim, dim, orders, 0.05) if rows else None
-        rows, width = h.trigram_vocab_size, h.num_kv_heads * h.head_dim
-        self.trigram = TokenTable(rows, h.trigram_dim, dim, (3,), 0.03) if rows else None
+        width = h.num_kv_heads * h.head_dim
         self.ve_shared = TokenTable(h.vocab_size, h.ve_dim, width, (1,), 0.1) if self.ve_blocks else None
         self.blocks = nn.ModuleList(Block(h, layer, rotary) for layer in range(h.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(self.num_encoders, dim))
@@ -774,8 +772,7 @@ class GPT(nn.Module):
         needs keys and values only: the same function, with 9% fewer operations at t = 64 of T = 2048."""
         dtype, length = self.compute_dtype, ids.size(1)
         x = self.tok_emb(ids).to(dtype)
-        for table in (self.bigram, self.trigram):
-            x = x if table is None else x + table(ids, dtype)
+        x = x if self.bigram is None else x + self.bigram(ids, dtype)
         x = x0 = self.smear(rms_norm(x), ids)
         ve = None if self.ve_shared is None else self.ve_shared(ids, dtype)
         v0, skips, ve_scales = None, [], dict(zip(self.ve_blocks, self.ve_layer_scales))
@@ -813,9 +810,9 @@ CONTROL += r"|skip_weights|smear\.gate|\w+\.scale|ve_layer_scales\.\d+"
 FAMILIES = (
     Family("attention", BLOCK + r"attn\.(c_q|c_k|c_v|proj)\.weight", "muon", "matrix_lr", "muon_wd", "attn_bits"),
     Family("mlp", BLOCK + r"mlp\.(fc|proj)\.weight", "muon", "matrix_lr", "muon_wd", "mlp_bits"),
-    Family("projection", r"(bigram|trigram|ve_shared)\.proj\.weight", "muon", "matrix_lr", "muon_wd", "proj_bits"),
+    Family("projection", r"(bigram|ve_shared)\.proj\.weight", "muon", "matrix_lr", "muon_wd", "proj_bits"),
     Family("embedding", r"(tok_emb|ve_shared\.embed)\.weight", "adamw", "tied_embed_lr", "adam_wd", "embed_bits"),
-    Family("hash_table", r"(bigram|trigram)\.embed\.weight", "adamw", "tied_embed_lr", "adam_wd", "bigram_bits"),
+    Family("hash_table", r"bigram\.embed\.weight", "adamw", "tied_embed_lr", "adam_wd", "bigram_bits"),
     # No decay: gains start at 1, and decay would pull them, and whole blocks with them, towards 0.
     Family("control", CONTROL, "adamw", "scalar_lr", 0.0, 16),
 )

@@ -27,7 +27,7 @@ OTHER_VALUES: dict[str, Any] = {
     "num_heads": 4,
     "num_kv_heads": 2,
     "rope_dims": 8,
-    "trigram_vocab_size": 512,
+    "bigram_vocab_size": 512,
     "ve_layers": "0,3",
     "quant_floor": "0.5",
     "size_limit": 15_000_000,
@@ -177,7 +177,7 @@ def test_the_defaults_are_the_documented_configuration(environment: Callable) ->
     assert t.Hyperparameters().values() == DEFAULTS
     documented = {
         "num_layers": 11, "model_dim": 512, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 3.0, "vocab_size": 1024,
-        "xsa_last_n": 11, "leaky_slope": 0.75, "bigram_vocab_size": 2048, "trigram_vocab_size": 0, "rope_dims": 16,
+        "xsa_last_n": 11, "leaky_slope": 0.75, "bigram_vocab_size": 2048, "rope_dims": 16,
         "qk_gain_init": 1.5, "logit_softcap": 30.0, "ln_scale": True, "ve_enabled": True, "value_residual": False,
         "matrix_lr": 0.027, "scalar_lr": 0.025, "tied_embed_lr": 0.035, "muon_momentum": 0.99,
         "muon_momentum_warmup_start": 0.92, "muon_wd": 0.04, "adam_wd": 0.04, "grad_clip_norm": 0.3,
@@ -200,7 +200,7 @@ def test_the_defaults_are_the_documented_configuration(environment: Callable) ->
         *((name, "1", [name, "no effect", "unset"]) for name in ("LAWA_ENABLED", "LAWA_K", "MTP_NUM_HEADS")),
         *((name, "1", [name, "no effect", "unset"]) for name in ("GPTQ_ENABLED", "DTG_ENABLED", "GRAD_QUANT")),
         *((name, "1", [name, "no effect", "unset"]) for name in ("QAT_ENABLED", "QAT_THRESHOLD", "WEIGHT_DECAY")),
-        *((name, "1", [name, "no effect", "unset"]) for name in ("LATE_QAT", "LATE_QAT_THRESHOLD")),
+        *((name, "1", [name, "no effect", "unset"]) for name in ("LATE_QAT", "LATE_QAT_THRESHOLD", "TRIGRAM_DIM")),
         *((name, "1", [name, "no effect", "unset"]) for name in ("EMBED_LR", "HEAD_LR", "KEEP_FLOAT_MAX_NUMEL")),
         *((name, "1", [name, "no setting"]) for name in ("MUON_BETA2", "VAL_BATCH_SIZE", "TTT_TEMP", "GRAD_ACCUM")),
         # A first word that only this script uses, and spellings near to those with a common first word.
@@ -284,8 +284,7 @@ CROSS_CHECKS: list[tuple[dict[str, Any], str]] = [
     ({"model_dim": 24, "rope_dims": 2}, r"MODEL_DIM=24 / NUM_HEADS=8 is odd"),
     ({"rope_dims": 15}, r"ROPE_DIMS=15 is odd or above the head width 64"),
     ({"rope_dims": 66}, r"ROPE_DIMS=66 is odd or above the head width 64"),
-    ({"bigram_vocab_size": 1}, r"BIGRAM_, TRIGRAM_VOCAB_SIZE=\(1, 0\).* 0 or at least 2"),
-    ({"trigram_vocab_size": 1}, r"BIGRAM_, TRIGRAM_VOCAB_SIZE=\(2048, 1\).* 0 or at least 2"),
+    ({"bigram_vocab_size": 1}, r"BIGRAM_VOCAB_SIZE=1 leaves no row.* 0 or at least 2"),
     ({"trigram_shared": True, "bigram_vocab_size": 0}, r"TRIGRAM_SHARED=1 needs BIGRAM_VOCAB_SIZE above 0"),
     ({"ve_layers": "9,11"}, r"VE_LAYERS=9,11: blocks are 0 to 10"),
     ({"ve_layers": "-12"}, r"VE_LAYERS=-12: blocks are 0 to 10"),
@@ -376,7 +375,7 @@ def test_the_header_carries_exactly_what_the_function_of_the_weights_depends_on(
     assert set(t.Hyperparameters().values(t.ModelKnob)) == {
         "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "leaky_slope",
         "tie_embeddings", "logit_softcap", "train_seq_len", "rope_base", "rope_dims", "rope_train_len", "xsa_last_n",
-        "ln_scale", "bigram_vocab_size", "bigram_dim", "trigram_shared", "trigram_vocab_size", "trigram_dim",
+        "ln_scale", "bigram_vocab_size", "bigram_dim", "trigram_shared",
         "ve_enabled", "ve_dim", "ve_layers", "value_residual", "gated_attention",
     }  # fmt: skip
 

@@ -87,7 +87,6 @@ def reference_logits(h: t.Hyperparameters, weights: dict, ids: list[int]) -> np.
     w = {name: tensor.double().numpy() for name, tensor in weights.items()}
     x = w["tok_emb.weight"][ids]
     tables = [("bigram.", (2, 3) if h.trigram_shared else (2,), h.bigram_vocab_size)]
-    tables += [("trigram.", (3,), h.trigram_vocab_size)]
     for name, orders, rows in tables:
         for order in orders if rows else ():
             hashed = w[name + "embed.weight"][[hashed_row(ids, at, order, rows) for at in range(len(ids))]]
@@ -127,7 +126,7 @@ PR_562 = {"num_layers": 4, "ve_enabled": False, "value_residual": True, "gated_a
         {**PR_562, "leaky_slope": 0.5, "xsa_last_n": 2, "rope_train_len": 0},
         {"xsa_last_n": 1, "leaky_slope": 0.0},
         {"xsa_last_n": 0, "ln_scale": False},
-        {"trigram_vocab_size": 32, "trigram_dim": 12, "trigram_shared": True},
+        {"trigram_shared": True},
         {"bigram_vocab_size": 0, "rope_dims": 0, "rope_train_len": 16},
         {"num_layers": 5, "ve_layers": "-1,0,2", "value_residual": True},  # the first block's values hold an embedding
         {"num_layers": 2, "num_kv_heads": 4, "mlp_mult": 1.5},
@@ -173,7 +172,7 @@ def test_the_full_size_model_has_the_published_parameters_and_begins_as_a_guess(
 
 
 def test_initial_weights_are_the_published_ones(tiny: Settings) -> None:
-    h = tiny(**{**PR_562, "ve_enabled": True, "trigram_vocab_size": 32, "qk_gain_init": 1.25, "vocab_size": 2000})
+    h = tiny(**{**PR_562, "ve_enabled": True, "qk_gain_init": 1.25, "vocab_size": 2000})
     seen = set()
     for name, parameter in t.GPT(h).named_parameters():
         last = name.removeprefix("blocks.").split(".", 1)[1] if name.startswith("blocks.") else name
@@ -196,9 +195,7 @@ def test_initial_weights_are_the_published_ones(tiny: Settings) -> None:
             continue
         expected = {
             "bigram.embed.weight": 0.0,
-            "trigram.embed.weight": 0.0,
             "bigram.scale": 0.05,
-            "trigram.scale": 0.03,
             "ve_shared.scale": 0.1,
             "ve_layer_scales.0": 1.0,
             "ve_layer_scales.1": 1.0,
@@ -216,7 +213,7 @@ def test_initial_weights_are_the_published_ones(tiny: Settings) -> None:
         }[last]
         assert torch.equal(values, torch.as_tensor(expected).expand(values.shape)), name
         seen.add(last)
-    assert len(seen) == 18 + 2 + 7  # constants, normal tables, orthogonal matrices: none is missing from the model
+    assert len(seen) == 16 + 2 + 6  # constants, normal tables, orthogonal matrices: none is missing from the model
 
 
 def test_blocks_begin_as_the_identity(tiny: Settings) -> None:
@@ -246,7 +243,7 @@ def test_settings_and_keywords_build_the_same_model(tiny: Settings, monkeypatch:
 
 # ------------------------------------------------------------------------------------------------- which knobs count
 
-BASE = {"trigram_vocab_size": 32, "rope_train_len": 8}  # so that every knob of the model has something to act on
+BASE = {"rope_train_len": 8}  # so that every knob of the model has something to act on
 OTHER_FUNCTION = {  # the same weights then mean another function
     "train_seq_len": 64,
     "leaky_slope": 0.5,
@@ -268,8 +265,6 @@ OTHER_SHAPES = {
     "mlp_mult": 2.0,
     "bigram_vocab_size": 65,
     "bigram_dim": 8,
-    "trigram_vocab_size": 33,
-    "trigram_dim": 8,
     "ve_enabled": False,
     "ve_dim": 8,
     "value_residual": True,
@@ -378,7 +373,7 @@ def test_hashes_by_hand() -> None:
     assert bigram.rows_of(ids, 1).tolist() == [[5, 7, 9]]
 
 
-@pytest.mark.parametrize("settings", [{}, {"trigram_shared": True}, {"trigram_vocab_size": 64, "trigram_dim": 8}])
+@pytest.mark.parametrize("settings", [{}, {"trigram_shared": True}])
 def test_a_narrow_hash_table_learns(tiny: Settings, settings: dict) -> None:
     """Published tables narrower than 64 had a projection of zeros before a table of zeros: no gradient, for ever."""
     model = t.GPT(tiny(bigram_dim=8, **settings))
@@ -386,8 +381,7 @@ def test_a_narrow_hash_table_learns(tiny: Settings, settings: dict) -> None:
         model.tok_emb.weight.normal_()
     ids = torch.randint(2, 96, (2, 17))
     model(ids[:, :-1], ids[:, 1:]).backward()
-    for table in filter(None, (model.bigram, model.trigram)):
-        assert table.embed.weight.grad.any() and table.proj.weight.any()
+    assert model.bigram.embed.weight.grad.any() and model.bigram.proj.weight.any()
 
 
 def test_ngrams_and_smearing_do_not_reach_into_the_document_before() -> None:
@@ -455,7 +449,7 @@ def test_attention_back_ends_without_a_gpu_are_refused_or_explained() -> None:
 
 # ------------------------------------------------------------------------------------------- causality, tail, losses
 
-EVERYTHING = {**PR_562, "ve_enabled": True, "trigram_vocab_size": 32}
+EVERYTHING = {**PR_562, "ve_enabled": True}
 
 
 @pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["defaults", "everything"])

@@ -14,7 +14,6 @@ Settings = Callable[..., t.Hyperparameters]
 
 SWITCHES = {
     "bigram_vocab_size": (64, 0),
-    "trigram_vocab_size": (0, 32),
     "trigram_shared": (False, True),
     "ve_enabled": (True, False),
     "value_residual": (False, True),
@@ -46,7 +45,7 @@ def expected_family(name: str) -> str:
         return "mlp" if path[2] == "mlp" else "attention"
     if module == "proj":
         return "projection"
-    return "hash_table" if path and path[0] in ("bigram", "trigram") else "embedding"
+    return "hash_table" if path and path[0] in ("bigram",) else "embedding"
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -60,7 +59,7 @@ def test_every_parameter_of_every_model_is_in_exactly_one_family(tiny: Settings)
             # Muon is for matrices; what is neither matrix nor table must not decay, or gains would fall towards 0.
             assert parameter.ndim == 2 or (family.optimizer, family.weight_decay) == ("adamw", 0.0), name
             seen.add(family.name)
-    assert num_models == 2**4 * (2 + 4) and seen == {family.name for family in t.FAMILIES}
+    assert num_models == 2**3 * (2 + 4) and seen == {family.name for family in t.FAMILIES}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +81,7 @@ def test_a_parameter_without_a_family_is_refused(name: str) -> None:
 
 def test_the_optimizer_holds_every_parameter_once_with_its_familys_settings(tiny: Settings) -> None:
     rates = {"matrix_lr": 0.1, "tied_embed_lr": 0.2, "scalar_lr": 0.3, "muon_wd": 0.4, "adam_wd": 0.5}
-    h = tiny(gated_attention=True, value_residual=True, trigram_vocab_size=32, **rates)
+    h = tiny(gated_attention=True, value_residual=True, **rates)
     model = t.GPT(h)
     optimizer = t.Optimizer(h, t.Runtime(h), model)
     held = [(p, "muon", stack.lr, stack.weight_decay) for stack in optimizer.stacks for p in stack.parameters]
@@ -114,9 +113,7 @@ STORED = {
     "tok_emb.weight": 8,
     "ve_shared.embed.weight": 8,
     "bigram.embed.weight": 7,
-    "trigram.embed.weight": 7,
     "bigram.proj.weight": 4,
-    "trigram.proj.weight": 4,
     "ve_shared.proj.weight": 4,
     "blocks.1.attn.attn_gate.weight": 16,
     "blocks.1.attn.q_gain": 16,
@@ -134,7 +131,7 @@ STORED = {
         ("", set()),
         ("tok_emb,blocks.2.attn.c_k", {"tok_emb.weight", "blocks.2.attn.c_k.weight"}),  # PR 562 kept two such
         (".mlp.", {"blocks.0.mlp.fc.weight", "blocks.2.mlp.proj.weight"}),
-        ("gram.embed,", {"bigram.embed.weight", "trigram.embed.weight"}),  # a comma at the end is no pattern
+        ("gram.embed,", {"bigram.embed.weight"}),  # a comma at the end is no pattern
     ],
 )
 def test_stored_bits_are_the_familys_except_where_a_pattern_keeps_fp16(
@@ -171,7 +168,7 @@ def started(tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> Callable[..., t.
         ({"fp16_keep_name_patterns": "tok_emd"}, "tok_emd"),
         ({"fp16_keep_name_patterns": "tok_emb,blocks.9.attn.c_k"}, "blocks.9.attn.c_k"),  # there are 3 blocks
         ({"ttt_lr_groups": "mlp_down:3"}, "mlp_down"),  # the name in PR 1092
-        ({"ttt_lr_groups": "mlp.proj:3", "fp16_keep_name_patterns": "trigram"}, "trigram"),  # the table is off
+        ({"ttt_lr_groups": "mlp.proj:3", "fp16_keep_name_patterns": "trigram"}, "trigram"),  # no table of its own
     ],
 )
 def test_a_pattern_that_matches_no_parameter_is_refused(started: Callable, settings: dict, part: str) -> None:

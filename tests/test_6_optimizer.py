@@ -104,7 +104,7 @@ def test_newton_schulz_of_a_stack_is_that_of_each_matrix(shape: tuple[int, int])
 
 # ------------------------------------------------------------------------------------------- Muon and AdamW, by hand
 
-ALL_KINDS = {"gated_attention": True, "value_residual": True, "trigram_vocab_size": 32}
+ALL_KINDS = {"gated_attention": True, "value_residual": True}
 ADAM_EPS = (
     1e-3  # in the comparisons: a rounding d of a gradient then moves a weight by lr d / 1e-3 at most, and by no more
 )
@@ -127,7 +127,6 @@ def optimizer_in_loops(h: t.Hyperparameters, weights: dict, gradients: list[dict
             is_table = name in (
                 "tok_emb.weight",
                 "bigram.embed.weight",
-                "trigram.embed.weight",
                 "ve_shared.embed.weight",
             )
             if is_block_matrix or name.endswith("proj.weight"):
@@ -190,7 +189,7 @@ def test_without_a_gradient_tables_and_matrices_decay_and_gains_stay(tiny: Setti
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     assert optimizer.step(0.5, 0.9) == 0.0
-    tables = {"tok_emb.weight", "bigram.embed.weight", "trigram.embed.weight", "ve_shared.embed.weight"}
+    tables = {"tok_emb.weight", "bigram.embed.weight", "ve_shared.embed.weight"}
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or name.endswith(("resid_mix", "attn_gate.weight")) or name == "skip_weights":
             assert torch.equal(parameter, before[name]), name

@@ -28,8 +28,7 @@ CODE_BYTES = Path(t.__file__).stat().st_size
 RICH = {
     "train_seq_len": 64,
     "train_batch_tokens": 256,
-    "trigram_vocab_size": 32,
-    "trigram_dim": 8,
+    "trigram_shared": True,
     "value_residual": True,
     "gated_attention": True,
     "leaky_slope": 0.3,

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from demo import pack_shard
+from shards import shard_header
 from test_3_data import train_tokenizer
 
 import train_gpt as t
@@ -33,16 +33,16 @@ DEFAULTS = {name: knob.default for name, knob in t.Hyperparameters.knobs().items
 BASE = {
     **TINY,
     "device": "auto", "data_path": "shards", "tokenizer_path": "a.model", "vocab_size": 40, "model_dim": 16,
-    "rope_train_len": 8, "xsa_last_n": 2, "trigram_vocab_size": 32, "trigram_dim": 12, "proj_bits": 8,
+    "rope_train_len": 8, "xsa_last_n": 2, "proj_bits": 8,
     "quant_floor": "0.05", "swa_enabled": True, "swa_every": 2, "iterations": 24,
 }  # fmt: skip
 FITTED = {"quant_floor": "auto"}  # the floor is found by size
 STORED = {  # the parameters that have a knob for their bits; all others are the "rest"
     "attn": r"blocks\.\d+\.attn\.(c_q|c_k|c_v|proj)\.weight",
     "mlp": r"blocks\.\d+\.mlp\.(fc|proj)\.weight",
-    "proj": r"(bigram|trigram|ve_shared)\.proj\.weight",
+    "proj": r"(bigram|ve_shared)\.proj\.weight",
     "embed": r"(tok_emb|ve_shared\.embed)\.weight",
-    "hash": r"(bigram|trigram)\.embed\.weight",
+    "hash": r"bigram\.embed\.weight",
 }
 
 
@@ -96,8 +96,6 @@ TURNS: dict[str, tuple] = {
     "bigram_vocab_size": (64, 65, SHAPES),
     "bigram_dim": (16, 8, SHAPES),
     "trigram_shared": (False, True, "function file"),
-    "trigram_vocab_size": (32, 33, SHAPES),
-    "trigram_dim": (12, 8, SHAPES),
     "ve_enabled": (True, False, SHAPES),
     "ve_dim": (16, 8, SHAPES),
     "ve_layers": ("-2,-1", "0,1", "function file"),
@@ -436,7 +434,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, ids in (("shards", IDS), ("other_shards", IDS[::-1])):
         (folder / name).mkdir()
         for split in ("train", "val"):
-            (folder / name / f"x_{split}_0.bin").write_bytes(pack_shard([ids.tolist()]))
+            (folder / name / f"x_{split}_0.bin").write_bytes(shard_header(len(ids)) + ids.astype("<u2").tobytes())
     (folder / "old.bin").write_bytes(b"artifact")
     return folder
 

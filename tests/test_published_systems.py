@@ -114,7 +114,6 @@ COMMON = {
     "qk_gain_init": 1.5,
     "ln_scale": True,
     "bigram_dim": 128,
-    "trigram_vocab_size": 0,
     "train_batch_tokens": 786_432,
     "train_seq_len": 2048,
     "warmup_steps": 20,
@@ -356,6 +355,7 @@ def parse(command: str) -> dict[str, str]:
         (
             COMMAND_1092,
             [
+                ("TRIGRAM_VOCAB_SIZE", None, "TRIGRAM_VOCAB_SIZE has no effect in this script"),
                 *LATE_QAT,
                 ("WARMDRON_ITERS", None, "WARMDRON_ITERS is no setting of this script (did you mean WARMDOWN_ITERS?)"),
                 ("MUON_MOMENTUM_WARMUP_START", "0.92", "MUON_MOMENTUM_WARMUP_START=092 is not allowed"),
@@ -573,7 +573,6 @@ def test_the_map_of_mechanisms_leads_to_names_that_exist() -> None:
     ("mechanism", "on", "systems"),
     [
         ("TrigramHash in the bigram's table", lambda h: h.trigram_shared, "562"),
-        ("TrigramHash with a table of its own", lambda h: h.trigram_vocab_size, "off"),
         ("value embedding (VE128)", lambda h: h.ve_enabled, "518, 977, 1092"),
         ("value residual", lambda h: h.value_residual, "562"),
         ("gated attention", lambda h: h.gated_attention, "562"),
