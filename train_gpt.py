@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import copy
 import difflib
 import hashlib
 import importlib
@@ -56,7 +57,7 @@ class UserError(ValueError):
 BIG = 10**12
 NUMBER = re.compile(r"[+-]?((0|[1-9][0-9_]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")  # no 092: float() reads 92.0
 # Variables of the published scripts without an effect here (the README says why): names, and families by first word.
-RETIRED = set("DTG EMBED_LR GPTQ GRAD_QUANT HEAD_LR KEEP_FLOAT_MAX_NUMEL LATE LAWA MTP QAT WEIGHT_DECAY".split())
+RETIRED = {*"DTG EMBED_LR GPTQ GRAD_QUANT HEAD_LR KEEP_FLOAT_MAX_NUMEL LATE LAWA MTP QAT WEIGHT_DECAY".split()}
 RETIRED |= {"TRIGRAM_VOCAB_SIZE", "TRIGRAM_DIM"}
 # Foreign variables, and first words that those share with knobs (MAX_JOBS): of these only a near spelling is an error.
 COMMON = set("COMPILE DATA DEVICE EXPORT MAX MICRO MODEL MODEL_DIR NUM NUM_THREADS PROJ RUN SEED SIZE".split())
@@ -120,6 +121,7 @@ class Hyperparameters:
     train_batch_tokens = Knob(786_432, (1, BIG), "tokens of an optimizer step over all processes")
     micro_batch_tokens = Knob(98_304, (1, BIG), "tokens of one forward and backward pass on a device at most")
     train_seq_len = ModelKnob(2048, (2, 2**20), "positions of a training sequence")
+    loader = Knob("shuffled", ("shuffled", "sequential"), "order of the training windows; sequential: as in the files")
     train_log_every = Knob(500, (1, BIG), "steps between log lines (besides the first ten, and one every 30 s)")
     val_loss_every = Knob(4000, (0, BIG), "steps between validations; 0: only after the last")
     vocab_size = ModelKnob(1024, (2, 65_536), "pieces V")
@@ -193,6 +195,7 @@ class Hyperparameters:
 
     def __init__(self, **overrides: Any):
         self.given = read_environment(self.knobs())
+        self.chosen = {*self.given, *overrides}  # what the data's manifest cannot decide
         for name in overrides.keys() - self.knobs().keys():
             raise UserError(f"{name} is no setting{suggest(name, self.knobs())}")
         for name, knob in self.knobs().items():
@@ -284,8 +287,7 @@ class Runtime:
         self.dtype = torch.bfloat16 if cuda and torch.cuda.get_device_capability()[0] >= 8 else torch.float32
         self.compiled = cuda if h.compile == "auto" else h.compile == "1"
         self.attend, self.attention_note = pick_attention(h.attn_backend, cuda and self.dtype == torch.bfloat16)
-        self.lag = 1 if cuda else 0  # steps that the host may run ahead of the device
-        self.files, self.pending = [], None
+        self.lag, self.pending, self.files = int(cuda), None, []  # lag: steps that the host may be ahead of the device
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))  # torchrun would set 1
             torch.set_flush_denormal(True)
@@ -349,8 +351,7 @@ class Runtime:
         return time.perf_counter()
 
     def follow(self, number: Tensor) -> float:
-        """Queues a number and returns the one queued `lag` calls ago (nan: none), waiting for that one only: the device
-        always has work, yet the host's clock is never more than `lag` steps ahead of it."""
+        """Queues a number, and returns the one of `lag` calls ago (nan: none): the host is never further ahead."""
         if not self.lag:
             return number.item()
         copy = torch.empty((), dtype=number.dtype, pin_memory=True).copy_(number, non_blocking=True)
@@ -375,8 +376,7 @@ class Runtime:
         if self.rank == 0:
             self.run_dir.mkdir(parents=True)
             write_atomically(self.run_dir / "train_gpt.py", CODE.read_bytes())
-            names = ("train.log", "metrics.jsonl")
-            self.files = [(self.run_dir / name).open("x", encoding="utf-8", buffering=1) for name in names]
+            self.files = [(self.run_dir / n).open("x", 1, encoding="utf-8") for n in ("train.log", "metrics.jsonl")]
 
     def log(self, line: str) -> None:
         """Prints a line on rank 0, and keeps it in train.log."""
@@ -425,8 +425,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 # ===================================================== 3  DATA ========================================================
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES, BOS = 20240520, 1, 1024, 1  # BOS: the first token of every document
-DATA_HELP = """run `data/cached_challenge_fineweb.py --variant sp1024` of the challenge, or `python data/demo.py` with
-    DATA_PATH=./data/datasets/demo_sp1024 TOKENIZER_PATH=./data/tokenizers/demo_1024_bpe.model afterwards"""
+DATA_HELP = "run `python data/download.py`, or `python data/demo.py` and set DATA_PATH=./data/datasets/demo_sp1024"
 
 
 def find_path(path: str | Path, variable: str) -> Path:
@@ -439,7 +438,7 @@ def find_path(path: str | Path, variable: str) -> Path:
 
 
 def load_data_shard(path: Path) -> np.ndarray:
-    """Returns a shard's tokens, uint16, memory-mapped. Raises UserError unless header and size are exactly right."""
+    """Returns a shard's tokens, uint16, mapped (by torch: Python would keep files open); UserError if it is broken."""
     size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
     if header.size < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise UserError(f"{path} is no token shard ({size} bytes, begins with {header[:2].tolist()}): fetch it again")
@@ -447,7 +446,28 @@ def load_data_shard(path: Path) -> np.ndarray:
     if header[2] < 1 or size != expected:
         state = "empty" if header[2] < 1 else "truncated" if size < expected else "oversized"
         raise UserError(f"{path} is {state}: {size} bytes, but its header declares {expected}: fetch it again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
+    return torch.from_file(str(path), size=size // 2, dtype=torch.uint16).numpy()[SHARD_HEADER_BYTES // 2 :]
+
+
+def settle_data(h: Hyperparameters) -> Hyperparameters:
+    """Returns the settings with vocabulary and tokenizer of the shards' manifest.json; UserError where it is wrong."""
+    folder, settled = find_path(h.data_path, "DATA_PATH"), copy.copy(h)
+    if not (path := folder / "manifest.json").exists():
+        return h
+    try:
+        manifest = json.loads(path.read_bytes())
+        tokenizer, listed = manifest["tokenizer"], {(n, int(f["tokens"])) for n, f in manifest["files"].items()}
+        found = {"vocab_size": int(tokenizer["vocab_size"]), "tokenizer_path": str(folder / tokenizer["path"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is no manifest of token shards ({error!r}): make it anew or remove it") from None
+    shards = [shard for split in ("train", "val") for shard in folder.glob(f"*_{split}_*.bin")]
+    for name, _ in sorted(listed ^ {(s.name, (s.stat().st_size - SHARD_HEADER_BYTES) // 2) for s in shards}):
+        raise UserError(f"{folder / name} is not as {path} says: `python data/verify.py {folder}` tells what is wrong")
+    vars(settled).update({name: h.knobs()[name].parse(name, found[name]) for name in found.keys() - h.chosen})
+    file = find_path(settled.tokenizer_path, "TOKENIZER_PATH")
+    if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != tokenizer.get("sha256"):
+        raise UserError(f"TOKENIZER_PATH={file} is not the tokenizer that {path} names: unset it, or fetch it again")
+    return settled
 
 
 def load_shards(h: Hyperparameters, split: str) -> list[np.ndarray]:
@@ -475,32 +495,46 @@ def batch_plan(h: Hyperparameters, world_size: int) -> tuple[int, int]:
 
 
 class TokenLoader:
-    """Training batches in file order, each target once an epoch, the shards a ring; the next batch is read ahead. Step
-    s takes tokens [s n, (s + 1) n], n = TRAIN_BATCH_TOKENS, for any number of processes; a rank reads its part."""
+    """Training batches of windows of T = TRAIN_SEQ_LEN tokens, two read ahead. The shards are a ring, an epoch all of
+    its windows, each once: in file order, or (LOADER=shuffled) in an order, and from a phase below T, that SEED and
+    epoch give. A step is the same for any number of processes and wherever reading began; a rank reads its own part."""
 
-    def __init__(self, h: Hyperparameters, rt: Runtime, shards: list[np.ndarray]):
-        self.h, self.rt, self.shards, self.position = h, rt, shards, 0
+    def __init__(self, h: Hyperparameters, rt: Runtime, shards: list[np.ndarray], step: int = 0):
+        self.h, self.rt, self.shards, self.step = h, rt, shards, step
         self.offsets = np.cumsum([0, *map(len, shards)])  # of the shards in the ring
+        self.num_windows, self.epoch, self.phase, self.order = max(1, self.offsets[-1] // h.train_seq_len), -1, 0, None
         self.rows, self.num_micro_batches = batch_plan(h, rt.world_size)
         self.pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self.future = self.pool.submit(self._read, 0)
+        self.futures = collections.deque(self.pool.submit(self._read, step + ahead) for ahead in range(2))
 
-    def _read(self, position: int) -> np.ndarray:
-        num_tokens, parts, num_read = self.rows * self.h.train_seq_len + 1, [], 0
-        while num_read < num_tokens:
-            at = (position + self.rt.rank * (num_tokens - 1) + num_read) % self.offsets[-1]
-            index = int(np.searchsorted(self.offsets, at, side="right")) - 1
-            parts.append(self.shards[index][at - self.offsets[index] :][: num_tokens - num_read].astype(np.int32))
-            num_read += len(parts[-1])
-        return np.concatenate(parts)
+    def _begin(self, number: int) -> int:
+        """Returns where in the ring a window begins, numbered over all steps and ranks."""
+        epoch, index = divmod(number, self.num_windows)
+        if self.h.loader == "sequential":
+            return number * self.h.train_seq_len
+        if epoch != self.epoch:  # 8 bytes a window: 31 MB and 0.1 s for the challenge's 8 billion tokens
+            draw, self.epoch = np.random.default_rng((self.h.seed, epoch)), epoch
+            self.phase, self.order = int(draw.integers(self.h.train_seq_len)), draw.permutation(self.num_windows)
+        return self.phase + int(self.order[index]) * self.h.train_seq_len
+
+    def _read(self, step: int) -> np.ndarray:
+        """Returns this rank's windows of a step, int32 (rows, T + 1): each also holds its last target."""
+        windows = np.empty((self.rows, self.h.train_seq_len + 1), np.int32)
+        for row, window in enumerate(windows):
+            at, num_read = self._begin((step * self.rt.world_size + self.rt.rank) * self.rows + row), 0
+            while num_read < len(window):
+                index = int(np.searchsorted(self.offsets, at % self.offsets[-1], side="right")) - 1
+                part = self.shards[index][at % self.offsets[-1] - self.offsets[index] :][: len(window) - num_read]
+                window[num_read : num_read + len(part)] = part
+                at, num_read = at + len(part), num_read + len(part)
+        return windows
 
     def next_batch(self) -> list[tuple[Tensor, Tensor]]:
         """Returns this rank's micro-batches of the next step: inputs and targets, int64 (B, T)."""
-        tokens = self.rt.to_device(self.future.result())
-        self.position += self.h.train_batch_tokens
-        self.future = self.pool.submit(self._read, self.position)
-        shape = (self.num_micro_batches, -1, self.h.train_seq_len)
-        return list(zip(tokens[:-1].view(shape), tokens[1:].view(shape)))
+        tokens = self.rt.to_device(self.futures.popleft().result()).unflatten(0, (self.num_micro_batches, -1))
+        self.step += 1
+        self.futures.append(self.pool.submit(self._read, self.step + 1))
+        return list(zip(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous()))
 
 
 def load_tokenizer(path: str, vocab_size: int) -> Any:
@@ -513,7 +547,7 @@ def load_tokenizer(path: str, vocab_size: int) -> Any:
         raise UserError(f"TOKENIZER_PATH={file} is no SentencePiece model ({error}): fetch it again") from None
     if sp.vocab_size() != vocab_size:
         raise UserError(f"TOKENIZER_PATH={file} has {sp.vocab_size()} pieces, VOCAB_SIZE={vocab_size}: make them equal")
-    if sp.is_unknown(sp.piece_to_id("\u2581")):
+    if sp.is_unknown(sp.piece_to_id("\u2581")) and "<0x20>" not in sp.encode("x x", out_type=str):
         raise UserError(f"TOKENIZER_PATH={file} lacks the bare piece '\u2581', so bytes are miscounted: train it anew")
     return sp
 
@@ -595,9 +629,8 @@ class Linear(nn.Linear):
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding (Su et al. 2021) of a head's first ROPE_DIMS dimensions r. The base is b times
-    max(1, TRAIN_SEQ_LEN / ROPE_TRAIN_LEN)^(r / (r - 2)) ("NTK-aware"), 22,081.79 at 2048 for r = 16, whatever length
-    is scored. The tables are no buffers: no cast rounds positions (PR 562's)."""
+    """Rotary position embedding (Su et al. 2021) of a head's first r = ROPE_DIMS dimensions. The base is b max(1,
+    TRAIN_SEQ_LEN / ROPE_TRAIN_LEN)^(r / (r - 2)) ("NTK-aware"). No buffers: no cast rounds positions (PR 562's)."""
 
     def __init__(self, h: Hyperparameters):
         super().__init__()
@@ -742,9 +775,8 @@ class GPT(nn.Module):
         self.compute_dtype, self.logit_softcap = torch.float32, h.logit_softcap
         self.num_encoders, self.ve_blocks, dim = h.num_layers // 2, h.ve_blocks, h.model_dim
         self.tok_emb, self.smear, rotary = nn.Embedding(h.vocab_size, dim), SmearGate(dim), Rotary(h)
-        rows, orders = h.bigram_vocab_size, (2, 3) if h.trigram_shared else (2,)
+        rows, width, orders = h.bigram_vocab_size, h.num_kv_heads * h.head_dim, (2, 3) if h.trigram_shared else (2,)
         self.bigram = TokenTable(rows, h.bigram_dim, dim, orders, 0.05) if rows else None
-        width = h.num_kv_heads * h.head_dim
         self.ve_shared = TokenTable(h.vocab_size, h.ve_dim, width, (1,), 0.1) if self.ve_blocks else None
         self.blocks = nn.ModuleList(Block(h, layer, rotary) for layer in range(h.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(self.num_encoders, dim))
@@ -957,20 +989,18 @@ class Trainer:
 
     def __init__(self, run: Run):
         self.run, self.parameters = run, list(run.model.parameters())
-        self.optimizer = Optimizer(run.h, run.rt, run.model)
+        self.optimizer, self.num_snapshots = Optimizer(run.h, run.rt, run.model), 0
         self.ema = [p.detach().clone() for p in self.parameters] if run.h.ema_enabled else []
         self.swa = [torch.zeros_like(p) for p in self.parameters] if run.h.swa_enabled else []
-        self.num_snapshots = 0
 
     def step(self, step: int, lr_scale: float, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Trains on the micro-batches and returns the mean loss over them and the processes, on the device."""
-        h, rt = self.run.h, self.run.rt
-        total = torch.zeros((), device=rt.device)
+        rt, total = self.run.rt, torch.zeros((), device=self.run.rt.device)
         for x, y in batch:
             loss = self.run.mean_loss(x, y) / len(batch)
             loss.backward()
             total += loss.detach()
-        self.optimizer.step(lr_scale, muon_momentum(h, step))
+        self.optimizer.step(lr_scale, muon_momentum(self.run.h, step))
         self.update_averages(step + 1, lr_scale)
         return rt.all_reduce(total / rt.world_size)
 
@@ -1051,7 +1081,7 @@ def train(run: Run) -> dict[str, Any]:
             paused = rt.now()
             report_stage(rt, f"step:{step}/{h.iterations}", eval_val(run))
             start += rt.now() - paused
-    ms, epochs = 1000 * rt.agree(rt.now() - start), float(loader.position / loader.offsets[-1])
+    ms, epochs = 1000 * rt.agree(rt.now() - start), float(step * h.train_batch_tokens / loader.offsets[-1])
     rt.log(f"trained: steps:{step} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms epochs:{epochs:.4f}")
     report_stage(rt, "raw", eval_val(run))
     rt.log(trainer.apply_average())
@@ -1065,10 +1095,9 @@ SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16, so that a row of zeros 
 
 
 def quantize_rows(w: Tensor, bits: int, floor: float) -> tuple[Tensor, Tensor]:
-    """Returns codes, int8 (rows, cols) in [-q, q], and scales, fp16 (rows, 1), of w = codes x scales; q = 2^(bits - 1)
-    - 1. scale = max(clip, floor) / q, the clip chosen for each row among quantiles of |w|, linearly interpolated, by
-    squared error ("GPTQ-lite"), codes with the scale as stored. A higher floor makes a smaller file: published int6 had
-    it at 1.0, unknowingly, which decided the artifact's size (PRs 518, 977, 1092)."""
+    """Returns codes, int8 (rows, cols) in [-q, q], q = 2^(bits - 1) - 1, and scales, fp16 (rows, 1), of w = codes x
+    scales. scale = max(clip, floor) / q; a row's clip is the quantile of |w| with the least squared error (GPTQ-lite).
+    A higher floor makes a smaller file: published int6 had it at 1.0, unknowingly (PRs 518, 977, 1092)."""
     w, q, best = w.detach().float(), 2 ** (bits - 1) - 1, None
     depths = [(1 - quantile) * (w.size(1) - 1) for quantile in CLIP_QUANTILES]  # ranks below the largest
     top = w.abs().topk(math.ceil(depths[0]) + 1, dim=1).values
@@ -1137,8 +1166,7 @@ def encode(h: Hyperparameters, tensors: Iterable[tuple], floor: float, codec: st
 
 
 def decode(blob: bytes, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns the model's knobs and its weights, fp32 by name, from a file's bytes alone, which it only parses.
-    UserError if they are no artifact, of another version, truncated, damaged or malformed."""
+    """Returns the model's knobs and weights, fp32 by name, from a file's bytes, which it only parses, or UserError."""
 
     def take(kind: str, count: int) -> Tensor:
         nonlocal offset
@@ -1453,7 +1481,7 @@ def main() -> None:
     source = h.eval_only or h.export_only
     h, decoded = load_artifact(source) if source else (h, None)
     rt = Runtime(h)
-    run = build_run(h, rt, decoded)
+    run = build_run(settle_data(h), rt, decoded)
     rt.open_log(h.run_id)
     banner(run)
     figures = {"preflight_seconds": preflight(run)} | ({} if source else train(run))

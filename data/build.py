@@ -31,6 +31,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import sys
 import time
 from collections import Counter, deque
@@ -41,7 +42,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import shards
 from documents import FORMATS, Batch, Options, Rejected, Source, find_sources, parse_batch, read_batches
-from shards import BOS_ID, BYTE_OFFSET, BYTE_TOKENIZER, BYTE_VOCAB_SIZE, EOS_ID, PAD_ID, UNK_ID, DataError, Progress
+from shards import BOS_ID, BYTE_VOCAB_SIZE, EOS_ID, PAD_ID, UNK_ID, DataError, Progress
 
 SHARD_TOKENS = 100_000_000  # as in the challenge's export
 # Near duplicates: MinHash (Broder 1997) of 128 values in 16 bands of 8 finds documents that share 70% of their shingles
@@ -131,56 +132,59 @@ def _train_tokenizer_child(sample: Path, vocab_size: int, model: Path, log: Path
 
 
 def byte_tokenizer() -> bytes:
-    """Returns the challenge's file of its byte-level vocabulary: four control ids, then the 256 bytes."""
-    ids = {"pad_id": PAD_ID, "bos_id": BOS_ID, "eos_id": EOS_ID, "unk_id": UNK_ID}
-    config = {**ids, "byte_offset": BYTE_OFFSET, "byte_count": 256}
-    described = {"tokenizer_type": "pure_byte", "config": config, "vocab_size": BYTE_VOCAB_SIZE}
-    return (json.dumps(described, indent=2, sort_keys=True) + "\n").encode()
+    """Returns the challenge's byte-level vocabulary, four control ids and the 256 bytes, as a SentencePiece model that
+    leaves text as it is. Written by hand: the library can only train models that have pieces besides the bytes."""
+    kinds = {"<pad>": 3, "<s>": 3, "</s>": 3, "<unk>": 2} | {f"<0x{byte:02X}>": 6 for byte in range(256)}
+    pieces = (field(1, field(1, piece) + field(2, 0.0) + field(3, kind)) for piece, kind in kinds.items())
+    # Of the trainer's settings: BPE, size, byte fallback, and the ids; of the normalizer's: none of its changes.
+    trainer = {3: 2, 4: BYTE_VOCAB_SIZE, 35: 1, 40: UNK_ID, 41: BOS_ID, 42: EOS_ID, 43: PAD_ID}
+    normalizer = {1: "identity", 3: 0, 4: 0, 5: 0}
+    specs = (b"".join(field(number, value) for number, value in spec.items()) for spec in (trainer, normalizer))
+    return b"".join((*pieces, *(field(number, spec) for number, spec in enumerate(specs, 2))))
+
+
+def field(number: int, value: int | float | str | bytes) -> bytes:
+    """Returns a field of a Protocol Buffers message (developers.google.com/protocol-buffers, "Encoding")."""
+
+    def varint(n: int) -> bytes:
+        return bytes([n]) if n < 128 else bytes([n % 128 + 128]) + varint(n // 128)
+
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    content = value.encode() if isinstance(value, str) else value
+    return varint(number << 3 | 2) + varint(len(content)) + content
 
 
 class Encoder:
-    """A tokenizer from its file: texts to tokens, with the bytes that the texts have in their normal form."""
+    """A tokenizer from its file: texts to tokens, and back to their normal form."""
 
     def __init__(self, path: Path):
-        self.sp, self.vocab_size, self.kind = None, BYTE_VOCAB_SIZE, "byte"
-        if path.suffix == ".json":
-            try:
-                known = json.loads(path.read_bytes()) == json.loads(byte_tokenizer())
-            except (OSError, ValueError, RecursionError):
-                known = False
-            if not known:
-                raise DataError(f"{path} is not the byte-level vocabulary: use --vocab bytes, or a SentencePiece model")
-            return
         import sentencepiece
 
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except (RuntimeError, OSError) as error:
             raise DataError(f"{path} is no SentencePiece model ({error})") from None
-        self.vocab_size, self.kind = self.sp.get_piece_size(), "sentencepiece"
+        self.vocab_size, self.escapes = self.sp.get_piece_size(), self.sp.normalize("a b") != "a b"
         if self.sp.bos_id() != BOS_ID or self.vocab_size > 1 << 16:
             found = f"BOS {self.sp.bos_id()}, {self.vocab_size:,} pieces"
             raise DataError(f"{path} ({found}) does not fit: shards need BOS {BOS_ID} and at most 65,536 pieces")
-        if self.sp.is_unknown(self.sp.piece_to_id("▁")):
+        if self.sp.is_unknown(self.sp.piece_to_id("▁")) and "<0x20>" not in self.sp.encode("x x", out_type=str):
             raise DataError(f"{path} lacks the bare piece '▁', so bytes would be miscounted: train it anew")
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Returns each text's tokens, uint16, BOS first."""
-        if self.sp is None:
-            encoded = [np.frombuffer(text.encode(), np.uint8) for text in texts]
-            return [np.concatenate(([BOS_ID], e.astype(np.uint16) + BYTE_OFFSET)).astype("<u2") for e in encoded]
         return [np.array(tokens, "<u2") for tokens in self.sp.encode(texts, add_bos=True)]
 
     def normalize(self, texts: list[str]) -> list[str]:
-        """Returns what the tokens of the texts decode to: for SentencePiece, their normal form."""
-        if self.sp is None:
-            return texts
-        return [self.sp.normalize(text).replace("▁", " ") for text in texts]
+        """Returns the texts as the tokenizer sees them, which is what their tokens decode to."""
+        normal = map(self.sp.normalize, texts)
+        return [text.replace("▁", " ") for text in normal] if self.escapes else list(normal)
 
     def decode(self, tokens: list[np.ndarray]) -> list[str]:
         """Returns the texts of documents' tokens."""
-        if self.sp is None:
-            return [(t[1:] - BYTE_OFFSET).astype(np.uint8).tobytes().decode() for t in tokens]
         return self.sp.decode([t.tolist() for t in tokens]) if tokens else []  # it would make "" of no documents
 
 
@@ -468,7 +472,7 @@ class Build:
     @property
     def tokenizer(self) -> Path:
         """The tokenizer's file inside of the folder, so that shards and tokenizer cannot be parted."""
-        return self.work / (BYTE_TOKENIZER if self.settings.vocab == "bytes" else "tokenizer.model")
+        return self.work / "tokenizer.model"
 
     def make_tokenizer(self) -> None:
         """Trains, copies or writes the tokenizer, unless an interrupted build has left it."""
@@ -531,7 +535,7 @@ class Build:
             splits[split] = {"shards": len(paths), **figures}
             assert sum(fact.tokens for fact in facts) == figures["tokens"], (split, facts, figures)
         manifest = {"name": self.folder.name, "splits": splits, "files": files}
-        manifest["tokenizer"] = shards.tokenizer_entry(self.work, self.tokenizer, encoder.kind, encoder.vocab_size)
+        manifest["tokenizer"] = shards.tokenizer_entry(self.work, self.tokenizer, encoder.vocab_size)
         manifest["dropped"] = {what: number for (kind, what), number in sorted(counts.items()) if kind == "dropped"}
         manifest |= {"rejected": dict(self.rejected), **recipe}
         for name in ("sample.txt", "sample.log", "journal.json", "recipe.json"):

@@ -205,7 +205,7 @@ def build(output: Path, vocab_size: int = 1024, force: bool = False) -> None:
         files[f"demo_train_{i:06d}.bin"] = train[first:end]
     manifest = {"name": folder.name, **recipe, "num_dropped_paragraphs": corpus.num_dropped_paragraphs}
     manifest["files"] = {name: write_shard(folder / name, documents) for name, documents in files.items()}
-    manifest["tokenizer"] = shards.tokenizer_entry(folder, tokenizer, encoder.kind, vocab_size)
+    manifest["tokenizer"] = shards.tokenizer_entry(folder, tokenizer, vocab_size)
     manifest["splits"] = {"train": train_counts, "val": validation_counts}
     manifest["sources"] = [{"file": "the library's documentation", "licence": "PSF licence, as the running Python"}]
     shards.write_manifest(folder, manifest)

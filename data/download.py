@@ -17,6 +17,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -25,7 +26,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from build import byte_tokenizer
 from shards import (
+    BYTE_VOCAB_SIZE,
     HEADER_BYTES,
     ROOT,
     SHARD_NAME,
@@ -40,6 +43,7 @@ from shards import (
     print_table,
     read_manifest,
     tokenizer_entry,
+    write_atomically,
     write_manifest,
 )
 
@@ -88,7 +92,6 @@ class Variant(NamedTuple):
     stats: dict[str, Any]
     shards: dict[str, list[RemoteFile]]
     tokenizer: list[RemoteFile]  # the model, and its pieces as text where these are published too
-    tokenizer_kind: str
     lacks: str
 
 
@@ -177,8 +180,7 @@ def read_variant(export: Export, entry: dict[str, Any], tokenizers: dict[str, di
     lacks += [] if tokenizer and tokenizer[0].path == model else [f"no tokenizer {model}"]
     lacks += [] if 1 < vocab_size <= 1 << 16 else [f"no vocabulary of {vocab_size} in 16 bits"]
     lacks += [] if SAFE_NAME.fullmatch(name) else ["no such name"]
-    kind, stats = str(described.get("kind")), dict(entry.get("stats") or {})
-    return Variant(name, vocab_size, stats, shards, tokenizer, kind, ", ".join(lacks))
+    return Variant(name, vocab_size, dict(entry.get("stats") or {}), shards, tokenizer, ", ".join(lacks))
 
 
 def read_variants(export: Export) -> dict[str, Variant]:
@@ -287,7 +289,17 @@ def examine(file: RemoteFile, path: Path, vocab_size: int) -> ShardFacts:
     facts = check_shard(path, vocab_size) if is_shard else ShardFacts(0, hash_file(path))
     if file.sha256 not in (None, facts.sha256):
         raise DataError(f"{path} has SHA-256 {facts.sha256[:12]}…, in the export {file.sha256[:12]}…")
+    if (
+        file.sha256 is None and file.blob_id and git_blob_id(path) != file.blob_id
+    ):  # a small file, which Git itself holds
+        raise DataError(f"{path} has another content than in the export, Git's {file.blob_id[:12]}")
     return facts
+
+
+def git_blob_id(path: Path) -> str:
+    """Returns the name that Git has for the content of a file."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def place(source: Path, target: Path) -> None:
@@ -485,6 +497,22 @@ class Store:
         with contextlib.suppress(OSError):  # absent, or it holds another variant's files
             self.staging.parent.rmdir()
 
+    def tokenizer(self) -> Path:
+        """Returns the SentencePiece model of the variant. The byte-level vocabulary is published as JSON, which says
+        that the bytes are the ids from 4 on: the model that says the same is written beside it."""
+        path = self.root / self.variant.tokenizer[0].path
+        if path.suffix != ".json":
+            return path
+        try:
+            config = json.loads(path.read_bytes())["config"]
+            known = [config[key] for key in ("pad_id", "bos_id", "eos_id", "unk_id", "byte_offset", "byte_count")]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            known = []
+        if [*known, self.variant.vocab_size] != [0, 1, 2, 3, 4, 256, BYTE_VOCAB_SIZE]:
+            raise DataError(f"{path} is not the byte-level vocabulary of 4 + 256 ids: use another --variant")
+        write_atomically(path.with_suffix(".model"), byte_tokenizer())
+        return path.with_suffix(".model")
+
     def describe(self, facts: dict[RemoteFile, ShardFacts]) -> dict[str, Any]:
         """Returns the manifest of the folder as it is now."""
         variant, export, splits = self.variant, self.export, {}
@@ -495,10 +523,9 @@ class Store:
             if documents and files == len(here) == len(shards):  # what is published counts all of its shards
                 splits[split]["documents"] = documents
         shards = sorted(file for files in variant.shards.values() for file in files if file in facts)
-        tokenizer = self.root / variant.tokenizer[0].path
         return {
             "name": variant.name,
-            "tokenizer": tokenizer_entry(self.folder, tokenizer, variant.tokenizer_kind, variant.vocab_size),
+            "tokenizer": tokenizer_entry(self.folder, self.tokenizer(), variant.vocab_size),
             "splits": splits,
             "files": {Path(file.path).name: facts[file]._asdict() for file in shards},
             "sources": [{"repo": export.repo, "revision": export.commit, "licence": LICENCE}],
@@ -555,8 +582,7 @@ def print_summary(store: Store, facts: dict[RemoteFile, ShardFacts], fetched: di
     size, there = sum(file.size for file in fetched) / 1e9, len(facts) - len(fetched)
     news = f"fetched {len(fetched)} files, {size:.3f} GB; {there} were there" if fetched else "all was there already"
     print(news)
-    tokenizer = f"TOKENIZER_PATH={store.root / variant.tokenizer[0].path} VOCAB_SIZE={variant.vocab_size}"
-    print(f"train with: DATA_PATH={store.folder} {tokenizer} torchrun --standalone --nproc_per_node=8 train_gpt.py")
+    print(f"train with: DATA_PATH={store.folder} torchrun --standalone --nproc_per_node=8 train_gpt.py")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -1,13 +1,13 @@
 """Token shards on disk and the manifest that says what they are: what all tools of this folder share. Needs numpy only.
 
     <root>/datasets/<name>/<prefix>_train_000000.bin …, <prefix>_val_000000.bin …, manifest.json
-    <root>/tokenizers/<tokenizer>.model (SentencePiece) or .json (bytes)
+    <root>/tokenizers/<tokenizer>.model, of SentencePiece
 
 A shard is 256 little-endian int32 (20240520, 1, number of tokens, zeros), then its tokens, little-endian uint16. Every
 document is BOS (1) and its tokens, and may go on in the next shard. `manifest.json` is written last, by the tool that
 made the folder, and names no file that was not complete then:
 
-    name, tokenizer {path from here, kind, vocab_size, sha256}, splits {split: documents, tokens, bytes, …},
+    name, tokenizer {path from here, vocab_size, sha256}, splits {split: documents, tokens, bytes, …},
     files {name: tokens, sha256}, and where it all comes from: sources with their licences, settings, versions."""
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ import numpy as np
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
-BYTE_OFFSET, BYTE_VOCAB_SIZE = 4, 260  # the byte-level vocabulary: the four ids above, then the 256 bytes
-BYTE_TOKENIZER = "fineweb_pure_byte_260.json"  # the challenge's name of it
+BYTE_VOCAB_SIZE = 260  # the byte-level vocabulary: the four ids above, then the 256 bytes
 SPLITS = ("train", "val")
 SHARD_NAME = re.compile(r".*_(train|val)_\d+\.bin")
 PIECE_BYTES = 1 << 23  # read at a time where a whole file is looked at
@@ -145,10 +144,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def tokenizer_entry(folder: Path, path: Path, kind: str, vocab_size: int) -> dict[str, Any]:
+def tokenizer_entry(folder: Path, path: Path, vocab_size: int) -> dict[str, Any]:
     """Returns what a manifest in `folder` says of the tokenizer at `path`."""
     relative = os.path.relpath(path.resolve(), folder.resolve())
-    return {"path": Path(relative).as_posix(), "kind": kind, "vocab_size": vocab_size, "sha256": hash_file(path)}
+    return {"path": Path(relative).as_posix(), "vocab_size": vocab_size, "sha256": hash_file(path)}
 
 
 # ---- what the user sees ----------------------------------------------------------------------------------------------

@@ -7,7 +7,10 @@ import json
 import os
 import random
 import re
+import shutil
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
+import shards
 import torch
-from conftest import SHARED, TINY
-from demo import pack_shard
+from conftest import ROOT, SHARED, TINY
 
 import train_gpt as t
 
@@ -41,10 +44,13 @@ def test_a_shard_comes_back_as_it_was_written(num_tokens: int, tmp_path: Path) -
     tokens = [65_535, 0, 256, 1, *range(num_tokens)][:num_tokens]
     path = tmp_path / "a_train_0.bin"
     path.write_bytes(shard_bytes(tokens))
-    assert path.read_bytes() == pack_shard([tokens[:1], tokens[1:]])  # data/demo.py writes the same format
+    assert path.read_bytes() == shards.shard_header(num_tokens) + np.array(tokens, "<u2").tobytes()  # data/'s tools
     shard = t.load_data_shard(path)
     assert shard.dtype == np.uint16 and shard.tolist() == tokens
-    assert isinstance(shard, np.memmap)  # 200 MB a shard, of which a step needs 1.5: the file is not read whole
+    if Path("/proc/self/maps").exists():  # 200 MB a shard, of which a step needs 1.5: the file is not read whole
+        assert str(path) in Path("/proc/self/maps").read_text()
+        del shard
+        assert str(path) not in Path("/proc/self/maps").read_text()
 
 
 def test_shards_are_taken_in_the_order_of_their_names_and_by_split(
@@ -169,12 +175,30 @@ def test_the_highest_token_of_the_vocabulary_is_read_and_arrives(
     tmp_path: Path, corpus: SimpleNamespace, tiny: Callable
 ) -> None:
     paths = {"data_path": str(tmp_path), "tokenizer_path": str(corpus.tokenizer_path)}
-    h, tokens = tiny(vocab_size=1024, **paths), [BOS, *range(1023, 511, -1)]
+    h, tokens = tiny(vocab_size=1024, loader="sequential", **paths), [BOS, *range(1023, 511, -1)]
     for split in ("train", "val"):
         (tmp_path / f"a_{split}_0.bin").write_bytes(shard_bytes(tokens))
     assert int(t.load_validation_tokens(h).tokens.max()) == 1023
     ((x, _),) = make_loader(h, t.load_shards(h, "train")).next_batch()
     assert x.flatten().tolist() == tokens[:256]
+
+
+def test_more_shards_than_a_process_may_hold_files_open_are_listed_and_read(tmp_path: Path) -> None:
+    """Exports of up to 1,500 shards are in use, and 1,024 open files are a common limit; here it is 64 of 2,000."""
+    for number in range(2000):
+        (tmp_path / f"a_train_{number:06d}.bin").write_bytes(shard_bytes([BOS, number % 900, 5, 6]))
+    code = f"""
+import resource, types, torch
+import train_gpt as t
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+h = t.Hyperparameters(data_path={str(tmp_path)!r}, train_seq_len=8, eval_stride=8, train_batch_tokens=8000)
+shards = t.load_shards(h, "train")
+rt = types.SimpleNamespace(rank=0, world_size=1, to_device=lambda array: torch.from_numpy(array).long())
+x = torch.cat([x for x, y in t.TokenLoader(h, rt, shards).next_batch()])
+assert len(shards) == 2000 and x.shape == (1000, 8) and x.unique().numel() > 200, x
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def remove(pattern: str) -> Callable[[SimpleNamespace], None]:
@@ -194,7 +218,7 @@ def link_validation_as_train(bad: SimpleNamespace) -> None:
     [
         (None, {"DATA_PATH": "nowhere"}, ["DATA_PATH=nowhere does not exist", "python data/demo.py"]),
         (None, {"TOKENIZER_PATH": "no.model"}, ["TOKENIZER_PATH=no.model does not exist", "python data/demo.py"]),
-        (remove("*.bin"), {}, ["DATA_PATH=", "shards holds no *_val_*.bin", "cached_challenge_fineweb.py"]),
+        (remove("*.bin"), {}, ["DATA_PATH=", "shards holds no *_val_*.bin", "python data/download.py"]),
         (remove("*val*"), {}, ["DATA_PATH=", "shards holds no *_val_*.bin", "python data/demo.py"]),
         (remove("*train*"), {}, ["DATA_PATH=", "shards holds no *_train_*.bin", "python data/demo.py"]),
         (
@@ -241,6 +265,114 @@ def test_a_tokenizer_without_the_bare_space_piece_is_refused(bad: SimpleNamespac
     assert message.startswith(f"TOKENIZER_PATH={path} lacks the bare piece '▁'") and "train it anew" in message
 
 
+# ---- the manifest ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def described(tmp_path: Path, corpus: SimpleNamespace, tiny: Callable) -> SimpleNamespace:
+    """A copy of the demonstration corpus with its manifest, and the settings of a run on it."""
+    for folder in (corpus.data_path, corpus.tokenizer_path.parent):
+        shutil.copytree(folder, tmp_path / folder.relative_to(corpus.data_path.parents[1]))
+    data = tmp_path / "datasets" / corpus.data_path.name
+
+    def settle(**chosen: object) -> t.Hyperparameters:
+        given = {name: value for name, value in TINY.items() if name != "vocab_size"}
+        return t.settle_data(t.Hyperparameters(**{**given, "data_path": str(data), **chosen}))
+
+    tokenizer = tmp_path / "tokenizers" / corpus.tokenizer_path.name
+    manifest = json.loads((data / "manifest.json").read_text())
+    return SimpleNamespace(
+        data=data, tokenizer=tokenizer, manifest=manifest, settle=settle, path=data / "manifest.json"
+    )
+
+
+def test_vocabulary_and_tokenizer_are_those_of_the_manifest(
+    described: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (described.data.parents[1] / "elsewhere").mkdir()
+    monkeypatch.chdir(described.data.parents[1] / "elsewhere")
+    h = described.settle()
+    assert h.vocab_size == 1024 and Path(h.tokenizer_path).samefile(described.tokenizer)
+    assert t.load_validation_tokens(h).num_targets > 60_000
+    copied = described.tokenizer.with_name("copy.model")
+    shutil.copy(described.tokenizer, copied)
+    h = described.settle(tokenizer_path=str(copied), vocab_size=1024)  # the same, said by the user
+    assert (h.vocab_size, h.tokenizer_path) == (1024, str(copied))
+    described.path.unlink()
+    assert described.settle().tokenizer_path == t.Hyperparameters.tokenizer_path, (
+        "without a manifest the default counts"
+    )
+
+
+def test_another_vocabulary_or_tokenizer_than_the_manifests_is_refused(
+    described: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = described.tokenizer.with_name("other.model")
+    other.write_bytes(train_tokenizer(["the cat sat on the mat"] * 50, vocab_size=290, byte_fallback=True))
+    with pytest.raises(t.UserError, match=rf"TOKENIZER_PATH={other} is not the tokenizer that {described.path} names"):
+        described.settle(tokenizer_path=str(other))
+    monkeypatch.setenv("VOCAB_SIZE", "2048")
+    with pytest.raises(t.UserError, match=r"has 1024 pieces, VOCAB_SIZE=2048: make them equal"):
+        t.load_validation_tokens(described.settle())
+    monkeypatch.delenv("VOCAB_SIZE")
+    shutil.copy(other, described.tokenizer)
+    with pytest.raises(t.UserError, match="is not the tokenizer that"):
+        described.settle()
+    described.tokenizer.unlink()
+    with pytest.raises(t.UserError, match=r"TOKENIZER_PATH=.*demo_1024_bpe.model does not exist"):
+        described.settle()
+
+
+@pytest.mark.parametrize("kind", ["missing", "more", "shorter", "missing validation"])
+def test_shards_that_are_not_the_manifests_are_refused(kind: str, described: SimpleNamespace) -> None:
+    """One shard of eighty cost users hours, and 0.1 bits per byte."""
+    name = {"more": "x_train_000009.bin", "missing validation": "demo_val_000000.bin"}.get(
+        kind, "demo_train_000001.bin"
+    )
+    path = described.data / name
+    if kind == "more":
+        path.write_bytes(GOOD)
+    elif kind == "shorter":
+        path.write_bytes(shard_bytes(t.load_data_shard(path)[:-5].tolist()))
+    else:
+        path.unlink()
+    with pytest.raises(t.UserError, match=rf"{path} is not as {described.path} says: `python data/verify.py"):
+        described.settle()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda m: b"",
+        lambda m: b"\xff\xfe",
+        lambda m: b"[" * 100_000,
+        lambda m: json.dumps(m).encode()[:-9],
+        lambda m: json.dumps([m]).encode(),
+        lambda m: json.dumps({**m, "tokenizer": None}).encode(),
+        lambda m: json.dumps({**m, "tokenizer": "demo"}).encode(),
+        lambda m: json.dumps({**m, "tokenizer": {**m["tokenizer"], "vocab_size": "many"}}).encode(),
+        lambda m: json.dumps({**m, "tokenizer": {**m["tokenizer"], "path": 7}}).encode(),
+        lambda m: json.dumps({**m, "files": ["a"]}).encode(),
+        lambda m: json.dumps({**m, "files": {"a_train_0.bin": 7}}).encode(),
+        lambda m: json.dumps({**m, "files": {"a_train_0.bin": {"tokens": None}}}).encode(),
+    ],
+)
+def test_what_is_no_manifest_is_refused(spoil: Callable[[dict], bytes], described: SimpleNamespace) -> None:
+    described.path.write_bytes(spoil(described.manifest))
+    with pytest.raises(
+        t.UserError, match=rf"{described.path} is no manifest of token shards .*: make it anew or remove"
+    ):
+        described.settle()
+
+
+@pytest.mark.parametrize("vocab_size", [1, 65_537, -1])
+def test_a_vocabulary_that_cannot_be_is_refused_in_a_manifest_too(vocab_size: int, described: SimpleNamespace) -> None:
+    described.manifest["tokenizer"]["vocab_size"] = vocab_size
+    described.path.write_text(json.dumps(described.manifest))
+    with pytest.raises(t.UserError, match=f"VOCAB_SIZE={vocab_size} is not allowed"):
+        described.settle()
+
+
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 
@@ -250,9 +382,17 @@ def make_shards(lengths: list[int], tokens: np.ndarray | None = None) -> tuple[l
     return [part.astype(np.uint16) for part in np.split(ring, np.cumsum(lengths)[:-1])], ring
 
 
-def make_loader(h: t.Hyperparameters, shards: list[np.ndarray], rank: int = 0, world_size: int = 1) -> t.TokenLoader:
+def make_loader(
+    h: t.Hyperparameters, shards: list[np.ndarray], rank: int = 0, world_size: int = 1, step: int = 0
+) -> t.TokenLoader:
     to_device: Callable = lambda array: torch.from_numpy(array).long()  # noqa: E731
-    return t.TokenLoader(h, SimpleNamespace(rank=rank, world_size=world_size, to_device=to_device), shards)
+    return t.TokenLoader(h, SimpleNamespace(rank=rank, world_size=world_size, to_device=to_device), shards, step)
+
+
+def read_step(loaders: list[t.TokenLoader]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns inputs and targets (sequences, T) of a step, those of all ranks in their order."""
+    parts = [pair for loader in loaders for pair in loader.next_batch()]
+    return tuple(torch.cat([pair[i] for pair in parts]).numpy() for i in (0, 1))
 
 
 LENGTHS = {
@@ -268,7 +408,7 @@ LENGTHS = {
 def test_batches_are_slices_of_the_ring_for_any_number_of_processes(
     lengths: list[int], world_size: int, tiny: Callable
 ) -> None:
-    h = tiny(vocab_size=2048, micro_batch_tokens=64)  # a step is 8 sequences of 32
+    h = tiny(vocab_size=2048, micro_batch_tokens=64, loader="sequential")  # a step is 8 sequences of 32
     shards, ring = make_shards(lengths)
     num_steps, num_tokens = 12, h.train_batch_tokens
     endless = np.tile(ring, 1 + (num_steps * num_tokens + 1) // len(ring) + 1)
@@ -282,27 +422,80 @@ def test_batches_are_slices_of_the_ring_for_any_number_of_processes(
         begin = step * num_tokens
         np.testing.assert_array_equal(x, endless[begin : begin + num_tokens])
         np.testing.assert_array_equal(y, endless[begin + 1 : begin + num_tokens + 1])
-        assert {loader.position for loader in loaders} == {begin + num_tokens}
+        assert {loader.step for loader in loaders} == {step + 1}
 
 
-def test_the_next_batch_is_read_while_this_one_is_used(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("lengths", [[5000], [1300, 37, 1, 900, 2600, 162], [200, 200]], ids=["one", "many", "few"])
+def test_shuffled_windows_cover_each_epoch_once_in_another_order_from_another_phase(
+    lengths: list[int], world_size: int, tiny: Callable
+) -> None:
+    h = tiny(vocab_size=8192)  # a step is 8 sequences of 32
+    shards, ring = make_shards(lengths)
+    loaders = [make_loader(h, shards, rank, world_size) for rank in range(world_size)]
+    num_windows, total = len(ring) // 32, len(ring)
+    steps = [read_step(loaders) for _ in range(-(-3 * num_windows // 8))]
+    x, y = (np.concatenate([step[i] for step in steps]) for i in (0, 1))
+    begins = x[:, 0]  # a token is its own position in the ring
+    np.testing.assert_array_equal(x, (begins[:, None] + np.arange(32)) % total)  # each is a stretch of the text,
+    np.testing.assert_array_equal(y, (x + 1) % total)  # and its targets are the tokens that follow there
+    epochs = [begins[i * num_windows : (i + 1) * num_windows] for i in range(3)]
+    for epoch in epochs:
+        phase = epoch.min() if total % 32 else epoch.min() % 32
+        covered = np.sort(np.concatenate([(begin + np.arange(32)) % total for begin in epoch]))
+        assert len(np.unique(covered)) == len(covered) == num_windows * 32, "no token twice, all but total % 32 of them"
+        assert (
+            len(np.unique((epoch - phase) % total % 32)) <= 2
+        )  # windows stand side by side, across the ring's end too
+        assert (np.diff(epoch) != 32).mean() > 0.7 or num_windows < 20, "neighbours in the text are none in the epoch"
+    assert len({tuple(epoch) for epoch in epochs}) == 3 and len({int(epoch.min() % 32) for epoch in epochs}) > 1
+
+
+def test_the_order_is_the_seeds_and_the_same_for_any_number_of_processes(tiny: Callable) -> None:
+    shards, _ = make_shards([3000, 2000])
+    first = [read_step([make_loader(tiny(vocab_size=8192), shards)])[0] for _ in range(2)]
+    again = [read_step([make_loader(tiny(vocab_size=8192), shards, rank, 4) for rank in range(4)])[0] for _ in range(2)]
+    other = read_step([make_loader(tiny(vocab_size=8192, seed=2), shards)])[0]
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first[0], other)
+
+
+@pytest.mark.parametrize("loader", ["shuffled", "sequential"])
+def test_reading_that_begins_at_a_step_goes_on_as_if_it_had_never_stopped(loader: str, tiny: Callable) -> None:
+    h, (shards, _) = tiny(vocab_size=8192, loader=loader), make_shards([1500, 800])  # an epoch is 71 windows, 9 steps
+    through = make_loader(h, shards, 1, 2)
+    batches = [read_step([through]) for _ in range(24)]
+    for step in (1, 8, 9, 20):
+        resumed = make_loader(h, shards, 1, 2, step)
+        for expected in batches[step : step + 4]:
+            np.testing.assert_array_equal(read_step([resumed]), expected)
+
+
+def test_a_text_shorter_than_a_window_is_read_around(tiny: Callable) -> None:
+    x, y = read_step([make_loader(tiny(vocab_size=8192), make_shards([20])[0])])
+    np.testing.assert_array_equal(y, (x + 1) % 20)
+
+
+def test_the_next_two_batches_are_read_while_this_one_is_used(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     reads, read = [], t.TokenLoader._read
 
-    def spy(self: t.TokenLoader, position: int) -> np.ndarray:
-        reads.append((position, threading.current_thread().name.split("_")[0]))
-        return read(self, position)
+    def spy(self: t.TokenLoader, step: int) -> np.ndarray:
+        reads.append((step, threading.current_thread().name.split("_")[0]))
+        return read(self, step)
 
     monkeypatch.setattr(t.TokenLoader, "_read", spy)
     loader = make_loader(tiny(vocab_size=2048), make_shards([1000])[0])
     for step in range(3):
         loader.next_batch()
-        loader.future.result(timeout=10)  # is being read, though nobody has asked for it yet
-        assert reads == [(256 * number, "loader") for number in range(step + 2)]
+        for future in loader.futures:
+            future.result(timeout=10)  # is being read, though nobody has asked for it yet
+        assert reads == [(number, "loader") for number in range(step + 3)]  # two steps ahead: slow disks stutter
 
 
+@pytest.mark.parametrize("loader", ["shuffled", "sequential"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_every_token_is_a_target_once_an_epoch(world_size: int, tiny: Callable) -> None:
-    h = tiny(vocab_size=2048)
+def test_every_token_is_a_target_once_an_epoch(world_size: int, loader: str, tiny: Callable) -> None:
+    h = tiny(vocab_size=2048, loader=loader)
     shards, ring = make_shards([300, 211, 1, 512])  # 1024 tokens: an epoch is 4 steps of 256
     loaders = [make_loader(h, shards, rank, world_size) for rank in range(world_size)]
     for _ in range(3):
@@ -377,10 +570,10 @@ def assert_bytes_equal_the_decode(sp: Any, documents: list[list[int]]) -> int:
 def test_bytes_of_the_demonstration_corpus_are_those_of_its_decoded_text(corpus: SimpleNamespace) -> None:
     sp = t.load_tokenizer(str(corpus.tokenizer_path), 1024)
     manifest = json.loads((corpus.data_path / "manifest.json").read_text())
-    for split, key in (("val", "validation"), ("train", "train")):
-        shards = [t.load_data_shard(path) for path in sorted(corpus.data_path.glob(f"*_{split}_*.bin"))]
-        num_bytes = assert_bytes_equal_the_decode(sp, split_documents(np.concatenate(shards)))
-        assert num_bytes == manifest[key]["bytes"]
+    for split in ("val", "train"):
+        tokens = [t.load_data_shard(path) for path in sorted(corpus.data_path.glob(f"*_{split}_*.bin"))]
+        num_bytes = assert_bytes_equal_the_decode(sp, split_documents(np.concatenate(tokens)))
+        assert num_bytes == manifest["splits"][split]["bytes"]
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the challenge's data is not beside this checkout")
@@ -388,7 +581,7 @@ def test_bytes_of_the_challenges_validation_text_are_those_of_its_decoded_text(t
     path = SHARED / "fineweb_1024_bpe.model"
     sp = t.load_tokenizer(str(path), 1024)
     (shard,) = (SHARED / "bench_web").glob("*_val_*.bin")
-    tokens = np.array(t.load_data_shard(shard))
+    tokens = t.load_data_shard(shard)
     documents = split_documents(tokens)
     assert_bytes_equal_the_decode(sp, documents)
     assert any(sp.is_byte(int(token)) for token in np.unique(tokens))  # characters without a piece are among them

@@ -98,7 +98,11 @@ class Hub:
     def tree(self) -> list[dict[str, Any]]:
         entries: list[dict[str, Any]] = [{"type": "directory", "path": "datasets/datasets", "oid": "0", "size": 0}]
         for path, body in {**self.files, "manifest.json": json.dumps(self.manifest).encode()}.items():
-            entry = {"type": "file", "path": f"datasets/{path}", "oid": hashlib.sha1(body).hexdigest()}
+            entry = {
+                "type": "file",
+                "path": f"datasets/{path}",
+                "oid": hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest(),
+            }
             entry["size"] = len(body)
             if path.endswith((".bin", ".model", ".jsonl")):
                 entry["lfs"] = {"oid": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 130}
@@ -279,20 +283,19 @@ def fill(hub: Hub, root: Path, paths: set[str] = ALL) -> None:
 # ---- whole and nothing twice -----------------------------------------------------------------------------------------
 
 
-def test_a_new_machine_gets_every_file_bit_for_bit_and_the_trainer_reads_them(
-    hub: Hub, root: Path, tiny: Callable[..., t.Hyperparameters]
-) -> None:
+def test_a_new_machine_gets_every_file_bit_for_bit_and_the_trainer_reads_them(hub: Hub, root: Path) -> None:
     with start(hub, root, "--train-shards", "4", "--jobs", "3") as process:
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert_all_there(hub, root)
     assert hub.fetched() == sorted(ALL) and sum(r.sent for r in hub.requests) == sum(map(len, hub.files.values()))
-    h = tiny(data_path=str(root / FOLDER), tokenizer_path=str(root / MODEL), vocab_size=1024)
+    h = t.settle_data(t.Hyperparameters(data_path=str(root / FOLDER)))  # which is all that a user has to say
+    assert h.vocab_size == 1024 and Path(h.tokenizer_path).samefile(root / MODEL)
     assert [len(shard) for shard in t.load_shards(h, "train")] == [20000] * 4
     assert len(t.load_shards(h, "val")) == 1 and t.load_tokenizer(h.tokenizer_path, 1024).vocab_size() == 1024
     assert re.search(r"train +4 of 4 +80,000 +0\.000\nval +1 of 1 +20,000 +0\.000\n", out), out
-    assert "fetched 7 files, " in out and f"train with: DATA_PATH={root / FOLDER} TOKENIZER_PATH={root / MODEL}" in out
-    assert "torchrun --standalone --nproc_per_node=8 train_gpt.py" in out and err == ""
+    assert "fetched 7 files, " in out and err == ""
+    assert f"train with: DATA_PATH={root / FOLDER} torchrun --standalone --nproc_per_node=8 train_gpt.py" in out
 
 
 def test_the_manifest_says_what_is_in_the_folder_and_where_it_comes_from(
@@ -301,7 +304,7 @@ def test_the_manifest_says_what_is_in_the_folder_and_where_it_comes_from(
     run("--train-shards", "2")
     manifest = json.loads((root / FOLDER / "manifest.json").read_text())
     sha256 = hashlib.sha256(hub.files[MODEL]).hexdigest()
-    expected = {"path": f"../../{MODEL}", "kind": "sentencepiece_bpe", "vocab_size": 1024, "sha256": sha256}
+    expected = {"path": f"../../{MODEL}", "vocab_size": 1024, "sha256": sha256}
     assert manifest["name"] == NAME and manifest["tokenizer"] == expected
     two_of_four = {"shards": 2, "tokens": 40000}  # the published number of documents counts all four
     assert manifest["splits"] == {"train": two_of_four, "val": {"shards": 1, "tokens": 20000, "documents": 7}}
@@ -314,6 +317,23 @@ def test_the_manifest_says_what_is_in_the_folder_and_where_it_comes_from(
     assert (source["repo"], source["revision"]) == (REPO, COMMIT) and "ODC-BY 1.0" in source["licence"]
     run("--train-shards", "4")
     assert json.loads((root / FOLDER / "manifest.json").read_text())["splits"]["train"]["documents"] == 30
+
+
+def test_the_byte_level_variant_gets_a_model_that_says_what_its_json_says(
+    hub: Hub, root: Path, run: Callable[..., Result]
+) -> None:
+    folder, path = "datasets/fineweb10B_byte260", "tokenizers/fineweb_pure_byte_260.json"
+    config = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "byte_offset": 4, "byte_count": 256}
+    text = np.array([1, *(4 + byte for byte in "naïve bytes ".encode() * 99)])
+    hub.files |= {f"{folder}/fineweb_{split}_000000.bin": pack(text) for split in ("train", "val")}
+    hub.files[path] = json.dumps({"tokenizer_type": "pure_byte", "config": config, "vocab_size": 260}).encode()
+    assert run("--variant", "byte260", "--train-shards", "1").error == ""
+    val = t.load_validation_tokens(t.settle_data(t.Hyperparameters(data_path=str(root / folder), eval_seq_len=64)))
+    assert val.num_bytes == val.num_targets == (len(text) - 1) // 64 * 64
+    assert "all was there already" in run("--variant", "byte260", "--train-shards", "1").out
+    hub.files[path] = hub.files[path].replace(b'"byte_offset": 4', b'"byte_offset": 3')
+    error = run("--variant", "byte260", "--train-shards", "1").error
+    assert "fineweb_pure_byte_260.json is not the byte-level vocabulary of 4 + 256 ids" in error
 
 
 def test_a_second_call_fetches_nothing_and_says_so(hub: Hub, root: Path, run: Callable[..., Result]) -> None:

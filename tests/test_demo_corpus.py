@@ -194,7 +194,10 @@ def test_white_space_folds_and_digits_split_as_in_the_challenge(processor: Any) 
 def test_the_tokenizer_learns_from_documents_of_any_length(corpus: Any) -> None:
     # SentencePiece leaves out sentences above its limit (4,192 bytes by default) without an error.
     pytest.importorskip("sentencepiece")
-    trained = demo.train_tokenizer([*corpus.train[:100], "zyzzyva " * 5000], 512)
+    import sentencepiece
+
+    trained = demo.builder.train_tokenizer([*corpus.train[:100], "zyzzyva " * 5000], 512, 40_000)
+    trained = sentencepiece.SentencePieceProcessor(model_proto=trained)
     assert trained.encode("a zyzzyva", out_type=str) == ["a", "\u2581zyzzyva"]
 
 
@@ -223,23 +226,26 @@ def test_the_manifest_tells_what_is_on_disk(built: Path, corpus: Any, processor:
     manifest = json.loads((built / DATASET / "manifest.json").read_text())
     files = hash_files(built)
     del files[f"{DATASET}/manifest.json"]
-    assert manifest["files"] == files and set(files) == {TOKENIZER, *TRAIN_SHARDS, VALIDATION_SHARD}
+    tokenizer = {"path": f"../../{TOKENIZER}", "vocab_size": 1024, "sha256": files[TOKENIZER]}
+    assert manifest["tokenizer"] == tokenizer and set(files) == {TOKENIZER, *TRAIN_SHARDS, VALIDATION_SHARD}
+    assert {f"{DATASET}/{name}": file["sha256"] for name, file in manifest["files"].items()} == {
+        name: sha256 for name, sha256 in files.items() if name != TOKENIZER
+    }
     assert manifest["corpus_sha256"] == demo.hash_corpus(corpus)
     assert manifest["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert (manifest["vocab_size"], manifest["tokenizer"]) == (1024, "demo_1024_bpe.model")
     # Bytes counted piece by piece, as for bits per byte: BOS 0, a byte token 1, else UTF-8 with a space for each ▁.
     pieces = [processor.id_to_piece(i).replace("\u2581", " ").encode() for i in range(1024)]
     sizes = np.array([0 if i < 4 else 1 if processor.is_byte(i) else len(piece) for i, piece in enumerate(pieces)])
-    for split, names in (("train", TRAIN_SHARDS), ("validation", [VALIDATION_SHARD])):
+    for split, names in (("train", TRAIN_SHARDS), ("val", [VALIDATION_SHARD])):
         tokens = np.concatenate([read_shard(built / name)[1] for name in names])
         num_bytes = int(sizes[tokens].sum())
-        assert manifest[split] == {
+        assert manifest["splits"][split] == {
             "documents": int((tokens == 1).sum()),
             "tokens": len(tokens),
             "bytes": num_bytes,
             "bytes_per_token": num_bytes / len(tokens),
         }
-    assert manifest["validation"]["tokens"] >= 60_000
+    assert manifest["splits"]["val"]["tokens"] >= 60_000
 
 
 def test_two_builds_are_byte_identical(built: Path, tmp_path: Path) -> None:
@@ -283,7 +289,7 @@ def test_a_vocabulary_that_two_megabytes_cannot_fill_is_refused_with_the_range(t
 
 def test_importing_the_file_reads_and_writes_nothing(tmp_path: Path) -> None:
     code = (
-        "import sys, importlib.util as u\n"
+        f"import sys, importlib.util as u; sys.path.insert(0, {str(DEMO_PATH.parent)!r})\n"
         f"spec = u.spec_from_file_location('demo', {str(DEMO_PATH)!r}); module = u.module_from_spec(spec)\n"
         "spec.loader.exec_module(module)\n"
         "print(sorted({'sentencepiece', 'torch', 'pydoc_data'} & set(sys.modules)))"
