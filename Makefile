@@ -36,6 +36,9 @@ demo: setup ## train, export, score and adapt a small model on this machine: abo
 data: .venv/data ## fetch the published export: make data VARIANT=sp1024 TRAIN_SHARDS=80
 	$(BIN)/python data/download.py $(if $(VARIANT),--variant $(VARIANT)) $(if $(TRAIN_SHARDS),--train-shards $(TRAIN_SHARDS))
 
+verify-data: .venv/run ## look at every shard of a folder: make verify-data DATA=data/datasets/mine_sp4096
+	$(BIN)/python data/verify.py $(DATA)
+
 train: setup ## train one of the systems in records/env/ on all GPUs here: make train CONFIG=pr1092, or CONFIG="pr1092 toy"
 	@test -n "$(CONFIG)" && ls $(CONFIG:%=records/env/%.env) > /dev/null 2>&1 || { echo "make train needs CONFIG, of: $$(cd records/env && ls *.env | sed 's/.env//' | xargs)"; exit 2; }
 	given=$$(export -p); set -a; for name in $(CONFIG); do source records/env/$$name.env || exit; done; \
@@ -75,4 +78,4 @@ lint: .venv/test ## check style and types
 clean: ## remove what these commands made, except logs/
 	rm -rf .venv data/datasets/demo_sp1024 data/tokenizers/demo_1024_bpe.model .pytest_cache .ruff_cache
 
-.PHONY: help setup demo data train fidelity audit report submission-demo test lint clean
+.PHONY: help setup demo data verify-data train fidelity audit report submission-demo test lint clean
