@@ -192,7 +192,7 @@ def test_micro_batches_make_the_step_of_one_big_batch(make_run: Callable, monkey
 
 
 def test_the_loader_cuts_a_step_into_micro_batches_that_fit(make_run: Callable) -> None:
-    run = make_run(micro_batch_tokens=64)
+    run = make_run(micro_batch_tokens=64, loader="sequential")
     batch = t.TokenLoader(run.h, run.rt, run.train_shards).next_batch()
     assert [x.shape for x, _ in batch] == [torch.Size((2, 32))] * 4
     expected = torch.from_numpy(run.train_shards[0][:257].astype(np.int64))

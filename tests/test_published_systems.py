@@ -43,6 +43,7 @@ def load(*names: str) -> t.Hyperparameters:
 # code defaults have it. WARMDOWN_FRAC is checked against their WARMDOWN_ITERS below.
 PUBLISHED = {
     "pr518": {
+        "loader": "sequential",
         "leaky_slope": 0.5,
         "xsa_last_n": 4,
         "matrix_lr": 0.025,
@@ -55,6 +56,7 @@ PUBLISHED = {
         "ttt_batch_seqs": 8 * 32,
     },
     "pr562": {
+        "loader": "sequential",
         "seed": 42,
         "num_layers": 10,
         "leaky_slope": 0.5,
@@ -85,6 +87,7 @@ PUBLISHED = {
         "train_log_every": 100,
     },
     "pr977": {
+        "loader": "sequential",
         "xsa_last_n": 4,
         "bigram_vocab_size": 1536,
         "iterations": 9000,
@@ -93,6 +96,7 @@ PUBLISHED = {
         "ttt_lr": 0.002,
     },
     "pr1092": {
+        "loader": "sequential",
         "matrix_lr": 0.025,
         "iterations": 9000,
         "max_wallclock_seconds": 580.0,
