@@ -68,6 +68,9 @@ submission-demo: .venv/tools ## three seeds of the demonstration, audited, packa
 	$(BIN)/python records/check.py logs/submission-demo/track_*/*
 	$(BIN)/python records/report.py $(DEMO_RUNS) --out logs/submission-demo/report
 
+bench-data: .venv/test ## measure encoding, opening of shards and shuffled loading here: make bench-data DOCS=some.jsonl
+	$(BIN)/python tests/bench_data.py $(DOCS)
+
 test: .venv/test ## run the tests: no network, no GPU
 	$(BIN)/python -m pytest
 
@@ -78,4 +81,4 @@ lint: .venv/test ## check style and types
 clean: ## remove what these commands made, except logs/
 	rm -rf .venv data/datasets/demo_sp1024 data/tokenizers/demo_1024_bpe.model .pytest_cache .ruff_cache
 
-.PHONY: help setup demo data verify-data train fidelity audit report submission-demo test lint clean
+.PHONY: help setup demo data verify-data train fidelity audit report submission-demo bench-data test lint clean
