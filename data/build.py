@@ -109,16 +109,19 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, longest_bytes: in
 def train_tokenizer_apart(sample: Path, vocab_size: int, model: Path) -> None:
     """Trains on the lines of a file in a process of its own, whose memory is given back, and shows how far it is."""
     log = sample.with_suffix(".log")
+    log.write_bytes(b"")
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=_train_tokenizer_child, args=(sample, vocab_size, model, log))
     process.start()
     progress = Progress("tokenizer", vocab_size, "pieces")
     while process.is_alive():
         process.join(0.5)
-        found = re.findall(r"(?:merges|size)=(\d+)", log.read_text(errors="replace")) if log.exists() else []
-        progress.advance(int((found or [0])[-1]) - progress.done)
+        said = log.read_text(errors="replace")
+        progress.advance(int((re.findall(r"(?:merges|size)=(\d+)", said) or [0])[-1]) - progress.done)
     if process.exitcode:
-        raise DataError(log.read_text(errors="replace").strip().splitlines()[-1])
+        said = log.read_text(errors="replace")
+        reason = (said.strip().splitlines() or [f"its process ended with status {process.exitcode}"])[-1]
+        raise DataError(f"no tokenizer of {vocab_size:,} pieces: {reason}")
 
 
 def _train_tokenizer_child(sample: Path, vocab_size: int, model: Path, log: Path) -> None:
@@ -127,7 +130,7 @@ def _train_tokenizer_child(sample: Path, vocab_size: int, model: Path, log: Path
         try:
             content = train_tokenizer(lines, vocab_size, 1 + sample.stat().st_size, minloglevel=0)
         except (DataError, RuntimeError) as error:
-            sys.exit(f"no tokenizer of {vocab_size:,} pieces: {error}")
+            sys.exit(str(error))
     shards.write_atomically(model, content)
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -573,23 +572,27 @@ def test_ctrl_c_ends_quietly_and_says_how_to_go_on(tmp_path: Path, model: Path) 
     assert process.returncode == 1 and errors == "build.py: interrupted; run it again to go on where it was\n"
 
 
-def test_the_trainer_needs_no_further_settings(make: Callable, tmp_path: Path) -> None:
-    """The whole pipeline on what was built, for a trained vocabulary and for bytes, with DATA_PATH and nothing else."""
-    path = write_jsonl(tmp_path / "a.jsonl", make_texts(1500))
-    for vocab, size in (("700", 700), ("bytes", 260)):
-        built = make(path, name=f"v{size}", vocab=vocab, val_documents=20)
-        tiny = {name.upper(): str(value) for name, value in TINY.items() if name != "vocab_size"}
-        settings = {**tiny, "ITERATIONS": "3", "MAX_VAL_TOKENS": "256", "DATA_PATH": str(built.folder), "RUN_ID": "a"}
-        environment = {n: v for n, v in os.environ.items() if n.lower() not in t.Hyperparameters.knobs()} | settings
-        command, place = [sys.executable, str(ROOT / "train_gpt.py")], tmp_path / f"run{size}"
-        place.mkdir()
-        done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, check=False)
-        assert done.returncode == 0 and "final_exact" in done.stdout, done.stdout + done.stderr
-        result = json.loads((place / "logs/a/submission.json").read_text())
-        assert result["settings"]["vocab_size"] == size
-        first = float(re.search(r"step:1/3 train_loss:([\d.]+)", done.stdout)[1])
-        assert abs(first - np.log(size)) < 0.2, "it begins at a uniform guess of this vocabulary"
-        again = {**environment, "EVAL_ONLY": "logs/a/final_model.bin", "RUN_ID": "b"}
-        done = subprocess.run(command, env=again, cwd=place, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        shutil.rmtree(place)
+@pytest.mark.parametrize(("vocab", "size"), [("700", 700), ("bytes", 260)])
+def test_the_trainer_needs_no_further_settings(
+    vocab: str, size: int, make: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole pipeline on what was built, with DATA_PATH and nothing else that concerns data; then the artifact."""
+    built = make(write_jsonl(tmp_path / "a.jsonl", make_texts(1500)), vocab=vocab, val_documents=20)
+    given = {**TINY, "iterations": 3, "max_val_tokens": 256, "data_path": built.folder, "run_id": "a"}
+    for name, value in given.items():
+        if name != "vocab_size":
+            monkeypatch.setenv(name.upper(), str(value))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))  # a thread: more wait for each other on a busy machine
+    monkeypatch.chdir(tmp_path)
+    t.main()
+    lines = [json.loads(line) for line in Path("logs/a/metrics.jsonl").read_text().splitlines()]
+    first = next(line["train_loss"] for line in lines if line["event"] == "train")
+    assert abs(first - np.log(size)) < 0.2, "it begins at a uniform guess of this vocabulary"
+    final = lines[-1]
+    assert final["settings"]["vocab_size"] == size and final["settings"]["tokenizer_path"].startswith(str(built.folder))
+    monkeypatch.setenv("EVAL_ONLY", "logs/a/final_model.bin")
+    monkeypatch.setenv("RUN_ID", "b")
+    for name in TINY.keys() & {n for n, knob in t.Hyperparameters.knobs().items() if isinstance(knob, t.ModelKnob)}:
+        monkeypatch.delenv(name.upper(), raising=False)
+    t.main()
+    assert json.loads(Path("logs/b/submission.json").read_text())["val_bpb"] == final["val_bpb"]
