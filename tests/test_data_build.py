@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import json
@@ -12,11 +13,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import build
+import documents
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -230,7 +232,7 @@ def test_copies_of_validation_documents_are_kept_out_of_training(make: Callable,
     held = texts[:20]
     exact = [text.upper().replace(" ", "\n") for text in held[:10]]  # other case and white space
     near = [change_words(text, 1, number) for number, text in enumerate(held[10:])]
-    far = [change_words(text, 30, number) for number, text in enumerate(held[10:])]  # of some 150 words
+    far = [change_words(text, 10, number) for number, text in enumerate(held + held)]  # of some 150: half is shared
     path = write_jsonl(tmp_path / "a.jsonl", [*texts, *exact, *near, *far])
     found = {}
     for dedup in ("near", "exact", "none"):
@@ -239,9 +241,9 @@ def test_copies_of_validation_documents_are_kept_out_of_training(make: Callable,
         assert texts_of(built, "val") == normal(held)
         found[dedup] = [len(train & set(normal(kind))) for kind in (texts[20:], exact, near, far)]
         found[dedup].append({what: n for what, n in built.manifest["dropped"].items() if n})
-    assert found["none"] == [280, 10, 10, 10, {}]
-    assert found["exact"] == [280, 0, 10, 10, {"exact duplicates": 10}]
-    assert found["near"] == [280, 0, 0, 10, {"exact duplicates": 10, "near duplicates": 10}]
+    assert found["none"] == [280, 10, 10, 40, {}]
+    assert found["exact"] == [280, 0, 10, 40, {"exact duplicates": 10}]
+    assert found["near"] == [280, 0, 0, 40, {"exact duplicates": 10, "near duplicates": 10}]
 
 
 def change_words(text: str, count: int, seed: int) -> str:
@@ -512,22 +514,53 @@ def test_what_cannot_be_is_refused_with_its_value_and_the_fix(
 def test_tokenizers_that_would_miscount_are_refused(make: Callable, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     kinds = {
-        "no bytes for what has no piece": ({}, "does not decode|no document is left"),
-        "another BOS": ({"bos_id": 2, "eos_id": 1, "byte_fallback": True}, "BOS 2"),
+        "fallback": ({}, "does not decode to its text: use another tokenizer"),
+        "space": ({"byte_fallback": True, "sentence": "abcabdabc"}, "lacks the bare piece"),
+        "bos": ({"bos_id": 2, "eos_id": 1, "byte_fallback": True}, "BOS 2"),
     }
     for name, (options, message) in kinds.items():
-        content = io.BytesIO()
-        ids = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "add_dummy_prefix": False}
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["abc abd"] * 20), model_writer=content, model_type="bpe", vocab_size=300,
-            hard_vocab_limit=False, minloglevel=2, **{**ids, **options},
-        )  # fmt: skip
-        (tmp_path / "bad.model").write_bytes(content.getvalue())
         with pytest.raises(shards.DataError, match=message):
-            make(path, vocab=tmp_path / "bad.model", name=name.replace(" ", "-"))
+            make(path, vocab=odd_model(tmp_path / f"{name}.model", **options), name=name)
+
+
+def odd_model(path: Path, sentence: str = "abc abd", **options: object) -> Path:
+    """Makes a tokenizer that knows no characters but those of a sentence."""
+    content, ids = io.BytesIO(), {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "add_dummy_prefix": False}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([sentence] * 20), model_writer=content, model_type="bpe", vocab_size=300,
+        hard_vocab_limit=False, minloglevel=2, **{**ids, **options},
+    )  # fmt: skip
+    path.write_bytes(content.getvalue())
+    return path
+
+
+def test_training_documents_that_a_tokenizer_cannot_write_are_counted_and_left_out(
+    make: Callable, tmp_path: Path
+) -> None:
+    texts = [f"ab{'c ' * number}" for number in range(1, 30)]
+    path = write_jsonl(tmp_path / "a.jsonl", [*texts, "x", "ab x", "\u200b"])  # no piece, and nothing in normal form
+    built = make(path, vocab=odd_model(tmp_path / "small.model"), val_documents=5, val_first=True, dedup="none")
+    assert sorted(texts_of(built, "train")) == sorted(text.strip() for text in texts[5:])
+    assert built.manifest["dropped"] == {"no tokens, or unknown ones": 3}
 
 
 # ---- memory, processes, the command ----------------------------------------------------------------------------------
+
+
+def test_no_more_than_two_batches_a_process_are_under_way(tmp_path: Path) -> None:
+    sources = documents.find_sources([write_jsonl(tmp_path / "a.jsonl", TEXTS[:50])], documents.Options())
+    (batch,), drawn = documents.read_batches(sources, documents.Options()), 0
+
+    def tasks() -> Iterator[build.Task]:
+        nonlocal drawn
+        while drawn < 40:
+            drawn += 1
+            yield build.Task(batch, frozenset())
+
+    results = build.run("scan", tasks(), 2, documents.Options(), build.Settings("bytes"))
+    for number, found in enumerate(results, 1):
+        assert len(found.keys) == 50 and drawn - number <= 2 * 2
+    assert number == drawn == 40
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory of processes is read in /proc")
@@ -557,6 +590,22 @@ def resident_bytes(pid: int) -> int:
     except (OSError, IndexError):
         return total
     return total + sum(resident_bytes(int(child)) for child in children)
+
+
+def test_every_pass_and_the_tokenizers_training_say_how_far_they_are(
+    make: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build, "Progress", functools.partial(shards.Progress, every_seconds=0.0))
+    make(write_jsonl(tmp_path / "a.jsonl", make_texts(6000)), vocab=600)
+    lines = capfd.readouterr().err.splitlines()
+    for label, last in (
+        ("reading", r"1\.5 MB, [\d.,]+ MB/s"),
+        ("sampling", r"2\.0 of 2\.0 batches"),
+        ("tokenizer", r"\d+\.0 of 600\.0 pieces"),
+        ("encoding", r"1\.5 of 1\.5 MB, [\d.,]+ MB/s, 0 s left"),
+    ):
+        own = [line for line in lines if line.startswith(f"{label}: ")]
+        assert own and re.match(rf"{label}: {last}", own[-1]), (label, own)
 
 
 def test_ctrl_c_ends_quietly_and_says_how_to_go_on(tmp_path: Path, model: Path) -> None:
