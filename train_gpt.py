@@ -458,7 +458,7 @@ def settle_data(h: Hyperparameters) -> Hyperparameters:
         manifest = json.loads(path.read_bytes())
         tokenizer, listed = manifest["tokenizer"], {(n, int(f["tokens"])) for n, f in manifest["files"].items()}
         found = {"vocab_size": int(tokenizer["vocab_size"]), "tokenizer_path": str(folder / tokenizer["path"])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise UserError(f"{path} is no manifest of token shards ({error!r}): make it anew or remove it") from None
     shards = [shard for split in ("train", "val") for shard in folder.glob(f"*_{split}_*.bin")]
     for name, _ in sorted(listed ^ {(s.name, (s.stat().st_size - SHARD_HEADER_BYTES) // 2) for s in shards}):
@@ -546,7 +546,7 @@ def load_tokenizer(path: str, vocab_size: int) -> Any:
     except (RuntimeError, OSError) as error:
         raise UserError(f"TOKENIZER_PATH={file} is no SentencePiece model ({error}): fetch it again") from None
     if sp.vocab_size() != vocab_size:
-        raise UserError(f"TOKENIZER_PATH={file} has {sp.vocab_size()} pieces, VOCAB_SIZE={vocab_size}: make them equal")
+        raise UserError(f"{file} has {sp.vocab_size()} pieces, VOCAB_SIZE={vocab_size}: unset that, or use other data")
     if sp.is_unknown(sp.piece_to_id("\u2581")) and "<0x20>" not in sp.encode("x x", out_type=str):
         raise UserError(f"TOKENIZER_PATH={file} lacks the bare piece '\u2581', so bytes are miscounted: train it anew")
     return sp

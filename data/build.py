@@ -13,8 +13,8 @@ Three passes over the files: count, check and choose the validation documents; s
 draw the tokenizer's sample from the others; encode. Order is that of the input (the trainer shuffles), and every byte
 of the result follows from the input, the options and the versions of the packages, not from the number of processes. A
 build that was interrupted goes on where it was. Memory: 150 MB and 150 MB a process, with documents of ordinary length;
-one of --max-document-bytes takes up to 80 times its size while it is encoded. Tokenizer training comes before the
-processes start and takes about 7 times --sample-bytes."""
+one of --max-document-bytes takes up to 80 times its size while it is encoded, and a row group of a Parquet file may
+take its own. Tokenizer training comes before the processes start and takes about 7 times --sample-bytes."""
 
 from __future__ import annotations
 
@@ -24,32 +24,34 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import multiprocessing
 import os
 import re
 import shutil
-import signal
 import struct
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import shards
-from documents import FORMATS, Batch, Options, Rejected, Source, find_sources, parse_batch, read_batches
+from documents import FORMATS, PACKED, Batch, Options, Rejected, find_sources, parse_batch, read_batches
+from parallel import in_order, interrupts_held_back
 from shards import BOS_ID, BYTE_VOCAB_SIZE, EOS_ID, PAD_ID, UNK_ID, DataError, Progress
 
 SHARD_TOKENS = 100_000_000  # as in the challenge's export
 # Near duplicates: MinHash (Broder 1997) of 128 values in 16 bands of 8 finds documents that share 70% of their shingles
-# with a probability of 1 - (1 - 0.7^8)^16 = 61%, 80% with 95%, 90% with 99.99%. A shingle is the 32 bytes, about five
-# words, from each word's beginning.
-NUM_HASHES, NUM_BANDS, NEAR_JACCARD, SHINGLE_BYTES = 128, 16, 0.7, 32
+# with a probability of 1 - (1 - 0.7^8)^16 = 61%, 80% with 95%, 90% with 99.99%. A shingle is 32 bytes, some five words,
+# from one place in eight on, chosen by the bytes there: in any language, and however much text stands before.
+NUM_HASHES, NUM_BANDS, NEAR_JACCARD, SHINGLE_BYTES, SHINGLE_STEP = 128, 16, 0.7, 32, 8
 DEDUP_HELP = "copies of validation documents kept out of training (%(default)s, which is exact ones too)"
+LONGEST_SENTENCE = 1 << 30  # bytes, SentencePiece's own limit
 SMALLEST_VOCAB, LARGEST_VOCAB = 512, 65_536  # 260 are taken, and tokens are uint16
 JOURNAL_SECONDS = 10.0
 SHOWN_REJECTIONS = 10
@@ -111,8 +113,9 @@ def train_tokenizer_apart(sample: Path, vocab_size: int, model: Path) -> None:
     log = sample.with_suffix(".log")
     log.write_bytes(b"")
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=_train_tokenizer_child, args=(sample, vocab_size, model, log))
-    process.start()
+    process = context.Process(target=_train_tokenizer_child, args=(sample, vocab_size, model, log), daemon=True)
+    with interrupts_held_back():
+        process.start()
     progress = Progress("tokenizer", vocab_size, "pieces")
     while process.is_alive():
         process.join(0.5)
@@ -120,7 +123,8 @@ def train_tokenizer_apart(sample: Path, vocab_size: int, model: Path) -> None:
         progress.advance(int((re.findall(r"(?:merges|size)=(\d+)", said) or [0])[-1]) - progress.done)
     if process.exitcode:
         said = log.read_text(errors="replace")
-        reason = (said.strip().splitlines() or [f"its process ended with status {process.exitcode}"])[-1]
+        killed = f"its process was killed ({-process.exitcode}), for want of memory perhaps: try less --sample-bytes"
+        reason = killed if process.exitcode < 0 else (said.strip().splitlines() or ["it does not say why"])[-1]
         raise DataError(f"no tokenizer of {vocab_size:,} pieces: {reason}")
 
 
@@ -128,7 +132,7 @@ def _train_tokenizer_child(sample: Path, vocab_size: int, model: Path, log: Path
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)  # the library tells its progress on standard error
     with sample.open(encoding="utf-8") as lines:
         try:
-            content = train_tokenizer(lines, vocab_size, 1 + sample.stat().st_size, minloglevel=0)
+            content = train_tokenizer(lines, vocab_size, LONGEST_SENTENCE, minloglevel=0)
         except (DataError, RuntimeError) as error:
             sys.exit(str(error))
     shards.write_atomically(model, content)
@@ -208,13 +212,14 @@ def sign(folded: str) -> Any:
     """Returns the MinHash signature of a folded text."""
     import rensa
 
-    content, signature = b" " + folded.encode(), rensa.RMinHash(NUM_HASHES, 0)
-    if (count := len(content) - SHINGLE_BYTES) < 1:
-        signature.update([content])
-        return signature
-    # An array of all overlapping shingles takes a third of the time of a loop: it was 25% of the encoding's, and is 8%.
-    shingles = np.ndarray(count, f"S{SHINGLE_BYTES}", content, offset=1, strides=(1,))
-    signature.update(shingles[np.frombuffer(content, np.uint8, count) == ord(" ")].tolist())
+    content, signature = folded.encode().ljust(SHINGLE_BYTES), rensa.RMinHash(NUM_HASHES, 0)
+    count = len(content) - SHINGLE_BYTES + 1
+    a, b, c, d = (np.frombuffer(content, np.uint8, count, at) for at in (0, 3, 7, 12))
+    mixed = (a * np.uint8(37) + b) * np.uint8(101) + (c * np.uint8(59) + d) * np.uint8(11)  # modulo 256
+    chosen = mixed < 256 // SHINGLE_STEP
+    chosen[0] = True
+    # An array of all overlapping shingles takes a third of the time of a loop.
+    signature.update(np.ndarray(count, f"S{SHINGLE_BYTES}", content, strides=(1,))[chosen].tolist())
     return signature
 
 
@@ -252,8 +257,6 @@ class Task(NamedTuple):
 class Worker:
     """The work of one process: it has the tokenizer and what the validation documents look like."""
 
-    current: Worker
-
     def __init__(self, options: Options, settings: Settings, **held: Any):
         self.options, self.settings = options, settings
         self.sample_limit = int(held.get("sample_fraction", 0.0) * 2**64)
@@ -265,12 +268,6 @@ class Worker:
             self.near = rensa.RMinHashLSH(NEAR_JACCARD, NUM_HASHES, NUM_BANDS)
             for number, signature in enumerate(self.signatures):
                 self.near.insert(number, signature)
-
-    @classmethod
-    def start(cls, *arguments: Any, **held: Any) -> None:
-        """Makes this process a worker; Ctrl-C is the parent's concern."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        cls.current = cls(*arguments, **held)
 
     def scan(self, task: Task) -> Scanned:
         texts, rejected = parse_batch(task.batch, self.options)
@@ -322,31 +319,6 @@ class Worker:
             if any(signature.jaccard(other) >= NEAR_JACCARD for other in candidates):
                 return "near duplicates"
         return ""
-
-
-def _work(name: str, task: Task) -> Any:
-    return getattr(Worker.current, name)(task)
-
-
-def run(name: str, tasks: Iterable[Task], jobs: int, *arguments: Any, **held: Any) -> Iterator[Any]:
-    """Yields what Worker.<name> returns for each task, in order, with no more than two tasks a process under way."""
-    if jobs == 1:
-        yield from map(getattr(Worker(*arguments, **held), name), tasks)
-        return
-    context, start = multiprocessing.get_context("spawn"), functools.partial(Worker.start, *arguments, **held)
-    with concurrent.futures.ProcessPoolExecutor(jobs, context, start) as pool:
-        pending: deque[concurrent.futures.Future] = deque()
-        try:
-            for task in tasks:
-                pending.append(pool.submit(_work, name, task))
-                if len(pending) > 2 * jobs:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except concurrent.futures.process.BrokenProcessPool:
-            raise DataError(f"a process was killed, for want of memory perhaps: fewer than --jobs {jobs}") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 # ---- shards that grow ------------------------------------------------------------------------------------------------
@@ -404,12 +376,14 @@ class SplitWriter:
 class Build:
     """One build, from its files to its folder."""
 
-    def __init__(self, folder: Path, sources: list[Source], options: Options, settings: Settings, jobs: int = 1):
-        self.folder, self.sources, self.options, self.settings, self.jobs = folder, sources, options, settings, jobs
+    def __init__(self, folder: Path, paths: list[Path], options: Options, settings: Settings, jobs: int = 1):
+        self.folder, self.options, self.settings, self.jobs = folder, options, settings, jobs
+        self.sources, ignored = find_sources(paths, options)
         self.work = folder.with_name(folder.name + ".building")
         self.docs_per_batch: list[int] = []
         self.num_bytes, self.val = 0, np.empty(0, np.int64)
-        self.rejected: Counter = Counter()
+        self.rejected = Counter({f"not read: {suffix}": number for suffix, number in sorted(ignored.items())})
+        self.num_rejected = 0  # of them places in files
 
     def tasks(self) -> Iterator[Task]:
         """Yields the batches with their validation documents; in the first pass none is chosen yet."""
@@ -421,7 +395,8 @@ class Build:
             begin = end
 
     def run(self, name: str, tasks: Iterable[Task], **held: Any) -> Iterator[Any]:
-        return run(name, tasks, self.jobs, self.options, self.settings, **held)
+        """Yields what Worker.<name> returns for each task, in order."""
+        return in_order(functools.partial(Worker, self.options, self.settings, **held), name, tasks, self.jobs)
 
     def scan(self) -> None:
         """First pass: counts, reports what is no document, and chooses the validation documents."""
@@ -441,18 +416,21 @@ class Build:
                     keys, places = smallest(keys, places, wanted)
                 num_docs += len(found.keys)
                 progress.advance(found.num_bytes)
-        if self.rejected and self.settings.on_bad == "refuse":
+        if self.num_rejected and self.settings.on_bad == "refuse":
             fix = f"mend them, or leave them out with --bad skip; all are named in {self.work / 'rejected.jsonl'}"
-            raise DataError(f"{sum(self.rejected.values()):,} places hold no document: {fix}")
+            raise DataError(f"{self.num_rejected:,} places hold no document: {fix}")
+        if not num_docs:
+            raise DataError(f"there are no documents in {', '.join(str(source.path) for source in self.sources[:5])}")
         wanted = self.settings.val_documents or min(50_000, num_docs // 100)
         if not 0 < wanted < num_docs:
-            raise DataError(f"{num_docs:,} documents do not give {wanted:,} for validation: set --val-documents")
+            fix = "set --val-documents, or give more (of one plain text --text-unit line or paragraph makes many)"
+            raise DataError(f"{num_docs:,} documents do not give {wanted:,} for validation: {fix}")
         self.val = np.arange(wanted) if self.settings.val_first else np.sort(smallest(keys, places, wanted)[1])
         print(f"read: {num_docs:,} documents, {self.num_bytes / 1e6:,.1f} MB, {len(self.val):,} for validation")
 
     def reject(self, rejected: Rejected) -> None:
         """Counts what is no document, and shows the first ones."""
-        shown = sum(self.rejected.values())
+        shown, self.num_rejected = self.num_rejected, self.num_rejected + 1
         self.rejected[rejected.reason.split(" (")[0]] += 1
         if shown < SHOWN_REJECTIONS:
             print(f"no document: {rejected.file}:{rejected.line}: {rejected.reason}", file=sys.stderr)
@@ -547,7 +525,7 @@ class Build:
         manifest |= {"rejected": dict(self.rejected), **recipe}
         for name in ("sample.txt", "sample.log", "journal.json", "recipe.json"):
             (self.work / name).unlink(missing_ok=True)
-        if not self.rejected:
+        if not self.num_rejected:
             (self.work / "rejected.jsonl").unlink(missing_ok=True)
         shards.write_manifest(self.work, manifest)
         os.replace(self.work, self.folder)
@@ -602,13 +580,15 @@ def smallest(keys: np.ndarray, places: np.ndarray, count: int) -> tuple[np.ndarr
 
 @contextlib.contextmanager
 def spooled(paths: list[str], place: Path) -> Iterator[list[Path]]:
-    """Yields the paths; what comes from standard input lies in a file meanwhile, as it is read three times."""
+    """Yields the paths; what comes from standard input, packed or not, lies in a file meanwhile: it is read thrice."""
     if "-" not in paths:
         yield [Path(path) for path in paths]
         return
-    place.parent.mkdir(parents=True, exist_ok=True)
+    first = sys.stdin.buffer.read(shards.PIECE_BYTES)
+    place = place.with_name(place.name + next((end for end, magic in PACKED.items() if first.startswith(magic)), ""))
     try:
         with place.open("wb") as file:
+            file.write(first)
             shutil.copyfileobj(sys.stdin.buffer, file, shards.PIECE_BYTES)
         yield [place if path == "-" else Path(path) for path in paths]
     finally:
@@ -648,7 +628,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name, low, high in (
         ("val_documents", 0, 10**9),
         ("seed", 0, 2**63),
-        ("sample_bytes", 1, 2**31 - 1),
+        ("sample_bytes", 10_000, 2**40),
         ("shard_tokens", 1, 2**31 - 1),
         ("max_document_bytes", 1, 10**8),
         ("jobs", 1, 1024),
@@ -657,10 +637,12 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise DataError(f"--{name.replace('_', '-')} {value} is not between {low:,} and {high:,}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.name) or re.search(r"_(train|val)(_|$)", args.name):
         raise DataError(f"--name {args.name}: use letters, digits, '.', '_' and '-', and no _train or _val as a word")
-    if args.vocab.isdigit() and not SMALLEST_VOCAB <= int(args.vocab) <= LARGEST_VOCAB:
+    if re.fullmatch("[0-9]+", args.vocab) and not SMALLEST_VOCAB <= int(args.vocab) <= LARGEST_VOCAB:
         raise DataError(f"--vocab {args.vocab} is not between {SMALLEST_VOCAB:,} and {LARGEST_VOCAB:,} pieces")
-    if not (args.vocab.isdigit() or args.vocab == "bytes" or Path(args.vocab).is_file()):
+    if not (re.fullmatch("[1-9][0-9]*", args.vocab) or args.vocab == "bytes" or Path(args.vocab).is_file()):
         raise DataError(f"--vocab {args.vocab} is no number, not `bytes`, and no file")
+    if args.dedup == "near" and importlib.util.find_spec("rensa") is None:
+        raise DataError("--dedup near needs the package rensa: pip install -r data/requirements.txt")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -671,14 +653,14 @@ def main(arguments: list[str] | None = None) -> None:
     names = [field for field in Settings._fields if field != "on_bad"]
     settings = Settings(**{name: getattr(args, name) for name in names}, on_bad=args.bad)
     start = time.monotonic()
-    spool = args.root / "datasets" / f"{args.name}.stdin.{'txt' if args.format == 'text' else 'jsonl'}"
-    with spooled(args.paths, spool) as paths:
-        if args.vocab.isdigit() or args.vocab == "bytes":
-            vocabulary = "byte260" if args.vocab == "bytes" else f"sp{args.vocab}"
-        else:
-            vocabulary = f"sp{Encoder(Path(args.vocab)).vocab_size}"
-        folder = args.root / "datasets" / f"{args.name}_{vocabulary}"
-        Build(folder, find_sources(paths, options), options, settings, args.jobs).make()
+    if args.vocab.isdigit() or args.vocab == "bytes":
+        vocabulary = "byte260" if args.vocab == "bytes" else f"sp{args.vocab}"
+    else:
+        vocabulary = f"sp{Encoder(Path(args.vocab)).vocab_size}"
+    folder = args.root / "datasets" / f"{args.name}_{vocabulary}"
+    spool = folder.with_name(f"{folder.name}.stdin.{'txt' if args.format == 'text' else 'jsonl'}")
+    with shards.locked(folder.with_name(f".{folder.name}.lock")), spooled(args.paths, spool) as paths:
+        Build(folder, paths, options, settings, args.jobs).make()
     show(folder, time.monotonic() - start)
 
 

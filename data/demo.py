@@ -100,7 +100,7 @@ def collect_documents(library: Path) -> set[str]:
         documents = {*map(fold_document, topics.values()), *read_modules(library)}
     documents = {document for document in documents if len(document) >= MIN_DOCUMENT_CHARS}
     if (num_bytes := count_bytes(documents)) < MIN_CORPUS_BYTES:
-        raise ValueError(
+        raise shards.DataError(
             f"{library}: {num_bytes:,} bytes of documents; use a Python that carries its library's sources"
         )
     return documents
@@ -182,7 +182,7 @@ def is_up_to_date(folder: Path, recipe: dict[str, Any]) -> bool:
 def build(output: Path, vocab_size: int = 1024, force: bool = False) -> None:
     """Writes tokenizer, shards and, last, the manifest below `output`, unless they are there already."""
     if not 512 <= vocab_size <= 8192:
-        raise ValueError(f"vocab_size={vocab_size}: choose 512 to 8192, what a corpus of 2 MB can fill")
+        raise shards.DataError(f"vocab_size={vocab_size}: choose 512 to 8192, what a corpus of 2 MB can fill")
     started = time.perf_counter()
     corpus = split_documents(collect_documents(Path(sysconfig.get_path("stdlib"))))
     recipe = {"corpus_sha256": hash_corpus(corpus), "python": platform.python_version(), "vocab_size": vocab_size}
@@ -280,4 +280,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with shards.errors_as_messages("demo.py"):
+        main()

@@ -15,7 +15,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -40,6 +39,7 @@ from shards import (
     errors_as_messages,
     hash_file,
     list_shards,
+    locked,
     print_table,
     read_manifest,
     tokenizer_entry,
@@ -321,18 +321,6 @@ def shorten(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Makes the folder, and keeps a second download out of it: both would write to the same unfinished files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another download into {folder} is running: wait for it") from None
-        yield
-
-
 # ---- bringing one to the other ---------------------------------------------------------------------------------------
 
 
@@ -480,7 +468,7 @@ class Store:
         """Returns what the fetched files hold; one failing file does not keep the others from their places."""
         total = self.num_missing_bytes(files)
         print(f"fetching {len(files)} files, {total / 1e6:,.1f} MB, of {self.export}", flush=True)
-        with locked(self.staging):
+        with locked(self.staging / "lock"):
             results = self.in_parallel("fetched", total, self.fetch, files)
         failed = [(file, result) for file, result in zip(files, results) if isinstance(result, Exception)]
         if failed:
@@ -492,7 +480,7 @@ class Store:
     def clean(self) -> None:
         """Removes what is staged, unless another call is fetching there."""
         if self.staging.exists():
-            with contextlib.suppress(DataError), locked(self.staging):
+            with contextlib.suppress(DataError), locked(self.staging / "lock"):
                 shutil.rmtree(self.staging)
         with contextlib.suppress(OSError):  # absent, or it holds another variant's files
             self.staging.parent.rmdir()
@@ -565,7 +553,8 @@ def download(args: argparse.Namespace) -> None:
 def explain_offline(args: argparse.Namespace, reason: str, missing: list[str]) -> str:
     """Returns what is missing and how to get it without a network here."""
     options = f"--variant {args.variant} --train-shards {args.train_shards}{' --with-docs' * args.with_docs}"
-    command = f"python data/download.py {options} --repo {args.repo} --root FOLDER"
+    source = f"--repo {args.repo} --remote-root {args.remote_root} --revision {args.revision}"
+    command = f"python data/download.py {options} {source} --root FOLDER"
     fix = f"Where there is a network, run `{command}`, and copy what is then in FOLDER to {args.root}"
     return f"{reason}\nmissing or unproven of {args.variant}, {len(missing)} files: {shorten(missing)}\n{fix}"
 
@@ -607,6 +596,8 @@ def main(arguments: list[str] | None = None) -> None:
     with errors_as_messages("download"):
         if args.jobs < 1:
             raise DataError(f"--jobs {args.jobs}: choose 1 or more")
+        if args.train_shards < 0:
+            raise DataError(f"--train-shards {args.train_shards}: choose 0 or more")
         try:
             if args.list:
                 print_variants(read_export(args.repo, args.remote_root, args.revision))

@@ -13,13 +13,14 @@ made the folder, and names no file that was not complete then:
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,6 +112,18 @@ def write_atomically(path: Path, *parts: bytes | np.ndarray) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps a second process out of what the file stands for; DataError where one is in it. The file stays, empty."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another process is at work on this (it holds {path}): wait for it") from None
+        yield
+
+
 def hash_file(path: Path) -> str:
     """Returns the SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
@@ -134,12 +147,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(path.read_bytes())
         tokenizer, files = manifest["tokenizer"], manifest["files"]
-        _ = str(tokenizer["path"]), int(tokenizer["vocab_size"]), str(tokenizer["sha256"])
+        if not isinstance(tokenizer["path"], str) or int(tokenizer["vocab_size"]) < 2 or not tokenizer["sha256"]:
+            raise ValueError("its tokenizer is none")
         if not all(SHARD_NAME.fullmatch(name) and int(file["tokens"]) > 0 for name, file in files.items()):
             raise ValueError("a file in it is no shard")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise DataError(f"{path} is no manifest of this project ({error!r}): remove it or make it anew") from None
     return manifest
 
@@ -185,11 +199,11 @@ def print_table(rows: Iterable[tuple[str, ...]]) -> None:
 
 
 @contextlib.contextmanager
-def errors_as_messages(tool: str) -> Any:
-    """Ends the program with the message of a DataError instead of a traceback, and quietly on Ctrl-C."""
+def errors_as_messages(tool: str) -> Iterator[None]:
+    """Ends the program with a message instead of a traceback where something outside of it is wrong, or on Ctrl-C."""
     try:
         yield
-    except DataError as error:
+    except (DataError, OSError) as error:  # OSError: a disk that is full, a folder that is a file
         sys.exit(f"{tool}: error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"{tool}: interrupted; run it again to go on where it was")
+        sys.exit(f"{tool}: interrupted: run it again")

@@ -24,24 +24,23 @@ of more than 4,194,304 tokens is named instead of looked into."""
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import re
-import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import shards
 from build import Encoder
+from parallel import in_order
 from shards import BOS_ID, HEADER_BYTES, PIECE_BYTES, ROOT, UNK_ID, DataError, Progress
 
 SHOWN = 5  # findings of a check
@@ -98,18 +97,12 @@ def read_tokens(path: Path) -> Iterator[np.ndarray]:
 class Inspector:
     """The work of one process on a split."""
 
-    current: ClassVar[Inspector]
     paths: list[Path | None]  # in order; None stands for a broken shard
     vocab_size: int
     val_hashes: frozenset[int] | None  # None: this is the validation split, all hashes are kept
     limits: list[float]  # by shard: documents that begin before this token are decoded
     encoder: Encoder | None
     luts: tuple[np.ndarray, ...]
-
-    def start(self) -> None:
-        """Makes this process an inspector; Ctrl-C is the parent's concern."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        Inspector.current = self
 
     def inspect(self, number: int) -> Facts:
         """Returns what is in a shard, and in the documents that begin in it."""
@@ -200,27 +193,6 @@ class Inspector:
             facts.mark(MISCOUNTED, position, 1, f" ({counted:,} counted, {length:,} in its text)")
 
 
-def _inspect(number: int) -> Facts:
-    return Inspector.current.inspect(number)
-
-
-def inspect(inspector: Inspector, jobs: int, progress: Progress) -> list[Facts]:
-    """Returns the facts of a split's whole shards in order."""
-    numbers, found = [number for number, path in enumerate(inspector.paths) if path], []
-    context, chunk = multiprocessing.get_context("spawn"), 1 + len(numbers) // (16 * jobs)
-    with concurrent.futures.ProcessPoolExecutor(jobs, context, inspector.start) as pool:  # starts none without work
-        try:
-            each = map(inspector.inspect, numbers) if jobs == 1 else pool.map(_inspect, numbers, chunksize=chunk)
-            for facts in each:
-                found.append(facts)
-                progress.advance(facts.num_tokens)
-        except concurrent.futures.process.BrokenProcessPool:
-            raise DataError(f"a process was killed, for want of memory perhaps: fewer than --jobs {jobs}") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return found
-
-
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
 
@@ -284,8 +256,14 @@ class Folder:
             limits = [math.inf if (split == "val" or everything) and not self.lacks else 0] * len(paths)
             for tenth in range(10 if paths and not self.lacks else 0):  # the first piece of the first shard of each
                 limits[len(paths) * tenth // 10] = max(limits[len(paths) * tenth // 10], PIECE_BYTES // 2)
-            inspector = Inspector(paths, self.vocab_size or 1 << 16, hashes, limits, self.encoder, self.luts)
-            self.facts[split] = inspect(inspector, jobs, progress)
+            held = paths, self.vocab_size or 1 << 16, hashes, limits, self.encoder, self.luts
+            numbers = [number for number, path in enumerate(paths) if path]
+            self.facts[split] = []
+            for facts in in_order(
+                functools.partial(Inspector, *held), "inspect", numbers, min(jobs, len(numbers) or 1)
+            ):
+                self.facts[split].append(facts)
+                progress.advance(facts.num_tokens)
             hashes = frozenset(key for facts in self.facts[split] for key in facts.hashes)
             for facts in self.facts[split]:
                 if facts.error or facts.num_tokens != self.num_tokens[self.path / facts.name]:
@@ -447,6 +425,8 @@ def check_bytes(folder: Folder) -> Check:
                 if folder.stated(split, what) not in (None, value):
                     check.add(f"{split} has {what} {value}, the manifest says {folder.stated(split, what)}")
     check.found = ", ".join(said)
+    if check.status == "ok" and not any(f.measured["documents"] for facts in folder.facts.values() for f in facts):
+        return Check("bytes", "skipped", f"no document could be measured: {check.found or 'there is none'}")
     return check
 
 

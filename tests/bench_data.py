@@ -54,7 +54,7 @@ def demonstration(path: Path) -> Path:
 def encoding(paths: list[Path], folder: Path) -> list[tuple[str, ...]]:
     """Returns rows on the speed of encoding, for a vocabulary of 1,024 pieces trained on the documents."""
     options = documents.Options()
-    batches = documents.read_batches(documents.find_sources(paths, options), options)
+    batches = documents.read_batches(documents.find_sources(paths, options)[0], options)
     texts = [text for batch in batches for text in documents.parse_batch(batch, options)[0]]
     megabytes, longest = sum(len(text.encode()) for text in texts) / 1e6, max(len(text.encode()) for text in texts)
     model = folder / "bench.model"

@@ -1,0 +1,105 @@
+"""Work on many items in several processes, with results in order, bounded memory, and an end that never waits.
+
+The standard library's executors were tried first. Interrupted at the wrong moment they wait for ever (one in ten tries
+on CPython 3.11): queues and locks are shared, and their owner may be gone. Here each process has a pipe of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.resource_tracker
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from shards import DataError
+
+AHEAD = 4  # items a process that may be under way, or wait for an earlier one's result
+END = object()
+
+
+def in_order(make: Callable[[], Any], method: str, items: Iterable[Any], jobs: int) -> Iterator[Any]:
+    """Yields `make().<method>(item)` of all items in their order. With more than one job `make` runs once in each
+    process; with one, here. A DataError in a process is raised here; so is one if a process ends on its own."""
+    if jobs == 1:
+        yield from map(getattr(make(), method), items)
+        return
+    with started(make, method, jobs) as idle:
+        items, busy, done, num_sent, num_yielded, more = iter(items), [], {}, 0, 0, True
+        while more or busy:
+            while more and idle and num_sent - num_yielded < AHEAD * jobs:
+                if more := (item := next(items, END)) is not END:
+                    busy.append(idle.pop())
+                    busy[-1].send((num_sent, item))
+                    num_sent += 1
+            for connection in multiprocessing.connection.wait(busy) if busy else ():
+                number, done[number] = receive(connection, jobs)
+                busy.remove(connection)
+                idle.append(connection)
+            while num_yielded in done:
+                yield done.pop(num_yielded)
+                num_yielded += 1
+
+
+@contextlib.contextmanager
+def started(make: Callable[[], Any], method: str, jobs: int) -> Iterator[list[Any]]:
+    """Yields connections to processes that are ready to work; they are gone after the block, however it ends."""
+    context, processes, connections = multiprocessing.get_context("spawn"), [], []
+    try:
+        for _ in range(jobs):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs, make, method), daemon=True)
+            with interrupts_held_back():
+                process.start()
+                processes.append(process)
+            theirs.close()
+            connections.append(ours)
+        yield list(connections)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+        for connection in connections:
+            connection.close()
+
+
+def serve(connection: Any, make: Callable[[], Any], method: str) -> None:
+    """Answers a connection until its other end is closed."""
+    with contextlib.suppress(EOFError, OSError):
+        work = None
+        while True:
+            number, item = connection.recv()
+            try:
+                work = work or getattr(make(), method)
+                answer = work(item)
+            except DataError as error:
+                answer = error
+            connection.send((number, answer))
+
+
+def receive(connection: Any, jobs: int) -> tuple[int, Any]:
+    """Returns the number and the result that a process sends; raises the DataError that it sends instead."""
+    try:
+        number, result = connection.recv()
+    except (EOFError, OSError):
+        raise DataError(f"a process ended, for want of memory perhaps: try fewer than --jobs {jobs}") from None
+    if isinstance(result, DataError):
+        raise result
+    return number, result
+
+
+@contextlib.contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Starts processes that Ctrl-C does not reach: it is the parent's concern, which hears of it after the block."""
+    multiprocessing.resource_tracker.ensure_running()  # its start would end the mask
+    heard: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))  # other threads have no mask
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what is started here inherits it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if heard:
+        raise KeyboardInterrupt
