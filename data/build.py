@@ -270,11 +270,13 @@ class Worker:
                 self.near.insert(number, signature)
 
     def scan(self, task: Task) -> Scanned:
+        """Returns what the first pass finds in a batch."""
         texts, rejected = parse_batch(task.batch, self.options)
         keys = np.array([key_of(fold(text), self.settings.seed) for text in texts], dtype=np.uint64)
         return Scanned(keys, sum(len(text.encode()) for text in texts), rejected)
 
     def select(self, task: Task) -> Selected:
+        """Returns what the second pass takes from a batch."""
         texts, _ = parse_batch(task.batch, self.options)
         found = Selected([], [], [])
         for place, text in enumerate(texts):
@@ -288,6 +290,7 @@ class Worker:
         return found
 
     def encode(self, task: Task) -> Encoded:
+        """Returns what the third pass makes of a batch; DataError if a validation document is not written exactly."""
         texts, _ = parse_batch(task.batch, self.options)
         counts, tokens, kept = Counter(), {}, {"val": [], "train": []}
         for place, text in enumerate(texts):
@@ -342,6 +345,7 @@ class SplitWriter:
 
     @property
     def path(self) -> Path:
+        """The shard that grows."""
         return self.folder / f"{self.prefix}_{self.split}_{self.index:06d}.bin"
 
     def append(self, tokens: np.ndarray) -> None:

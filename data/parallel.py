@@ -31,7 +31,8 @@ def in_order(make: Callable[[], Any], method: str, items: Iterable[Any], jobs: i
             while more and idle and num_sent - num_yielded < AHEAD * jobs:
                 if more := (item := next(items, END)) is not END:
                     busy.append(idle.pop())
-                    busy[-1].send((num_sent, item))
+                    with ends_as_errors(jobs):
+                        busy[-1].send((num_sent, item))
                     num_sent += 1
             for connection in multiprocessing.connection.wait(busy) if busy else ():
                 number, done[number] = receive(connection, jobs)
@@ -73,20 +74,27 @@ def serve(connection: Any, make: Callable[[], Any], method: str) -> None:
             try:
                 work = work or getattr(make(), method)
                 answer = work(item)
-            except DataError as error:
-                answer = error
+            except (DataError, OSError) as error:  # any other is a mistake of ours: it is seen, and the process ends
+                answer = DataError(str(error))
             connection.send((number, answer))
 
 
 def receive(connection: Any, jobs: int) -> tuple[int, Any]:
     """Returns the number and the result that a process sends; raises the DataError that it sends instead."""
-    try:
+    with ends_as_errors(jobs):
         number, result = connection.recv()
-    except (EOFError, OSError):
-        raise DataError(f"a process ended, for want of memory perhaps: try fewer than --jobs {jobs}") from None
     if isinstance(result, DataError):
         raise result
     return number, result
+
+
+@contextlib.contextmanager
+def ends_as_errors(jobs: int) -> Iterator[None]:
+    """Raises a DataError where the process at the other end of a pipe is gone."""
+    try:
+        yield
+    except (EOFError, OSError):
+        raise DataError(f"a process ended, for want of memory perhaps: try fewer than --jobs {jobs}") from None
 
 
 @contextlib.contextmanager

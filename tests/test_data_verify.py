@@ -443,6 +443,18 @@ def test_a_file_that_is_no_tokenizer_fails_bytes(good: Path, look: Callable[...,
     assert found.failed == ["bytes"] and "is no SentencePiece model" in found.words["bytes"]
 
 
+def test_what_could_not_be_measured_is_skipped_and_not_called_right(
+    good: Path, built: dict[str, Path], look: Callable[..., SimpleNamespace]
+) -> None:
+    (good / "manifest.json").unlink()
+    for split in ("train", "val"):
+        tokens = read(good, split)
+        write(good, split, np.where(tokens == 1, 1, 400))
+    found = look(good, "--tokenizer", built["bytes"] / "tokenizer.model")
+    assert found.statuses["bytes"] == "skipped" and "no document could be measured" in found.words["bytes"]
+    assert "tokens" in found.failed
+
+
 @pytest.mark.parametrize("lut, change", [(0, lambda x: x + (x == 2)), (1, lambda x: ~x), (2, lambda x: x | True)])
 def test_a_wrong_count_of_bytes_fails_bytes_and_names_a_document(
     lut: int,
