@@ -47,6 +47,7 @@ SHOWN = 5  # findings of a check
 LONGEST = PIECE_BYTES // 2  # tokens of a document that is looked into
 FORBIDDEN = {0: "pad (0)", 2: "eos (2)", 3: "unk (3)", -1: "an id beyond the vocabulary"}
 EMPTY, LONG = "an empty document", "a document too long to look into (is a BOS missing?)"
+NOTHING = "no shard could be read"
 MISCOUNTED = "a document whose bytes are miscounted"
 PROCESS_BYTES = 64_000_000  # of shards that are worth a process: it takes half a second to start
 
@@ -366,6 +367,8 @@ def check_manifest(folder: Folder) -> Check:
 
 def check_tokens(folder: Folder) -> Check:
     """Returns whether every id is one that text can have."""
+    if not any(folder.facts.values()):
+        return Check("tokens", "skipped", NOTHING)
     check, size = Check("tokens"), folder.vocab_size
     check.add_wrong(folder, *FORBIDDEN.values())
     check.found = f"ids below {size:,}; no pad, eos, unk" if size else "no pad, eos, unk; the vocabulary is not known"
@@ -374,6 +377,8 @@ def check_tokens(folder: Folder) -> Check:
 
 def check_documents(folder: Folder) -> Check:
     """Returns whether the splits are whole documents, as many as the manifest says."""
+    if not any(folder.facts.values()):
+        return Check("documents", "skipped", NOTHING)
     check, counts = Check("documents"), {split: folder.total(split, "num_documents") for split in shards.SPLITS}
     for split, count in counts.items():
         first, stated = (folder.facts[split] or [Facts("")])[0], folder.stated(split, "documents")

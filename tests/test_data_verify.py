@@ -688,6 +688,7 @@ def test_an_empty_folder_fails_and_says_what_is_missing(tmp_path: Path, look: Ca
     found = look(tmp_path)
     assert found.failed == ["headers"] and "there is no *_val_*.bin" in found.words["headers"]
     assert "data/build.py make one" in found.words["manifest"] and found.statuses["manifest"] == "skipped"
+    assert {found.statuses[name] for name in NAMES if name != "headers"} == {"skipped"}, "nothing was looked at"
 
 
 def test_ten_thousand_shards_need_no_more_open_files_than_a_few(built: dict[str, Path], tmp_path: Path) -> None:
