@@ -109,5 +109,5 @@ def interrupts_held_back() -> Iterator[None]:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, handler)
-    if heard:
+    if heard and handler != signal.SIG_IGN:  # as it is for what a shell starts in the background
         raise KeyboardInterrupt

@@ -690,6 +690,7 @@ def test_large_rows_of_parquet_files_are_read_few_at_a_time(tmp_path: Path) -> N
     assert done[:2] == ["120", "1"] and int(done[2]) < 250_000, done
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_quietly_and_says_how_to_go_on(tmp_path: Path, model: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(60_000))
     arguments = [str(path), "--name", "x", "--vocab", str(model), "--jobs", "2", "--root", str(tmp_path)]

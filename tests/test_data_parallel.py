@@ -67,6 +67,7 @@ def test_who_stops_listening_leaves_no_process() -> None:
     results.close()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_a_process_starts_is_heard_afterwards() -> None:
     with pytest.raises(KeyboardInterrupt):
         with parallel.interrupts_held_back():
