@@ -104,7 +104,7 @@ class Hyperparameters:
     data_path = Knob("./data/datasets/fineweb10B_sp1024", None, "folder of the *_train_*.bin and *_val_*.bin shards")
     tokenizer_path = Knob("./data/tokenizers/fineweb_1024_bpe.model", None, "SentencePiece model of those shards")
     run_id = Knob("", None, "folder of the run under logs/; empty: the time of its start")
-    seed = Knob(1337, (0, 2**31 - 1), "of the initial weights and the preflight's tokens")
+    seed = Knob(1337, (0, 2**31 - 1), "of the initial weights, the training's order and the preflight's tokens")
     device = Knob("auto", ("auto", "cuda", "mps", "cpu"), "auto: the first of these that is there")
     compile = Knob("auto", ("auto", "0", "1"), "torch.compile; auto: on CUDA only")
     attn_backend = Knob("auto", ("auto", "fa3", "fa2", "sdpa"), "auto: the first of these that can be used")

@@ -23,6 +23,7 @@ from shards import DataError
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".parquet": "parquet"}
 PACKED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # and how such files begin
 BATCH_BYTES = 1 << 20
+PACKED_BYTES = 1 << 10  # of a Zstandard frame at a time: 4 bytes can stand for 128 KiB, so this for 32 MiB at most
 JSON_OVERHEAD = 6  # a character takes six bytes at most in JSON (\\u0041) where one would do
 
 
@@ -110,7 +111,7 @@ class ZstdReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self.unpacked:
-            self.packed = self.packed or self.file.read(BATCH_BYTES // 8)  # text that repeats itself unpacks to much
+            self.packed = self.packed or self.file.read(PACKED_BYTES)
             if not self.packed and self.inside:
                 raise EOFError("it is cut off inside of a frame")
             if not self.packed:

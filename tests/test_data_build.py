@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -201,7 +202,9 @@ def test_the_challenges_tokenizer_gives_the_published_tokens(make: Callable) -> 
 
 
 def test_order_is_that_of_the_input_and_documents_go_on_across_shards(make: Callable, tmp_path: Path) -> None:
-    built = make(write_jsonl(tmp_path / "a.jsonl", TEXTS), val_documents=30, shard_tokens=1000, dedup="none")
+    built = make(
+        write_jsonl(tmp_path / "a.jsonl", TEXTS), val_documents=30, shard_tokens=1000, dedup="none", licence="CC0 1.0"
+    )
     normal = built.encoder.normalize(TEXTS)
     val = texts_of(built, "val")
     assert val == [text for text in normal if text in set(val)] and len(val) == 30
@@ -212,6 +215,10 @@ def test_order_is_that_of_the_input_and_documents_go_on_across_shards(make: Call
     assert 1 not in starts[1:3], "a document goes on in the next shard"
     facts = {path.name: shards.check_shard(path, 512)._asdict() for path in built.folder.glob("*.bin")}
     assert built.manifest["files"] == facts
+    (source,), path = built.manifest["sources"], tmp_path / "a.jsonl"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (source["file"], source["bytes"], source["sha256"]) == ("a.jsonl", path.stat().st_size, digest)
+    assert source["licence"] == "CC0 1.0"
 
 
 def test_the_first_documents_are_held_out_where_that_is_asked_for(make: Callable, tmp_path: Path) -> None:
@@ -688,6 +695,24 @@ def test_large_rows_of_parquet_files_are_read_few_at_a_time(tmp_path: Path) -> N
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert done[:2] == ["120", "1"] and int(done[2]) < 250_000, done
+
+
+def test_a_line_that_is_small_only_while_it_is_packed_does_not_fill_the_memory(tmp_path: Path) -> None:
+    """600 MB in 60 kB: a piece of 128 KiB of the file was all of it."""
+    packer = zstandard.ZstdCompressor().compressobj()
+    packed = b"".join(packer.compress(b"x" * 10_000_000) for _ in range(60)) + packer.flush()
+    assert len(packed) < 100_000
+    (tmp_path / "a.jsonl.zst").write_bytes(packed)
+    code = (
+        f"import sys, resource; sys.path.insert(0, {str(ROOT / 'data')!r})\n"
+        "import documents as d; from pathlib import Path\n"
+        f"s, _ = d.find_sources([Path({str(tmp_path / 'a.jsonl.zst')!r})], d.Options())\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(*[r.reason for b in d.read_batches(s, d.Options()) for r in d.parse_batch(b, d.Options())[1]])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "too long (600,000,000 bytes" in done[0] and int(done[1]) < 150_000, done
 
 
 @pytest.mark.usefixtures("interruptible")
