@@ -499,7 +499,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args(arguments)
     if not args.folder.is_dir():
-        parser.error(f"{args.folder} is no folder")
+        parser.error(f"{args.folder} is no folder: name one, or fetch the export with data/download.py")
     if args.tokenizer and not args.tokenizer.is_file():
         parser.error(f"--tokenizer {args.tokenizer} is no file")
     if not 0 <= args.jobs <= 1024:
