@@ -27,7 +27,6 @@ import fidelity  # noqa: E402
 
 N, WINDOW = 62_021_632, 2048  # targets of the whole validation set, as all logs have it
 SYSTEMS = ("pr518", "pr518_legal", "pr562", "pr562_legal", "pr977", "pr1092")
-RECORDS = (ROOT / "records" / "README.md").read_text()
 pytestmark = pytest.mark.skipif(not shutil.which("bash"), reason="a shell reads the files of settings, bash is missing")
 
 
@@ -164,8 +163,6 @@ def test_a_file_sets_only_what_differs_from_the_defaults_each_line_with_its_sour
         assert knobs[variable.lower()].parse(variable, value) != knobs[variable.lower()].default, line
         # The source of a published value, or, in a twin, that of its original.
         assert source or name.endswith("_legal"), line
-    assert max(map(len, text.splitlines())) <= 120
-    assert f"(set -a; . records/env/{name}.env; torchrun " in text  # how to use it
 
 
 @pytest.mark.parametrize("name", ["pr518", "pr562"])
@@ -530,70 +527,7 @@ def test_at_full_size_the_legal_systems_can_be_records_and_the_others_cannot(
     assert not result["compliant"] and len(result["rule_breaks"]) == (3 if name in ("pr518", "pr562") else 2)
 
 
-# ----------------------------------------------------------------------------------------------- what the README says
-
-
-def test_every_defect_has_an_answer_and_a_test_that_exists() -> None:
-    rows = [line for line in RECORDS.splitlines() if re.match(r"\| [RCP]-\d", line)]
-    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in rows]
-    expected = [f"R-{i}" for i in range(1, 9)] + [f"C-{i:02}" for i in range(1, 47)] + [f"P-{i}" for i in range(1, 10)]
-    assert [cell[0].split()[0] for cell in cells] == expected and len(expected) == 63
-    defined = set(re.findall(r"^def (test_\w+)", "".join(p.read_text() for p in ROOT.glob("tests/test_*.py")), re.M))
-    for line, (_, defect, answer, test) in zip(rows, cells):
-        assert len(defect) > 10 and len(answer) > 3, line
-        names = re.findall(r"`(test_\w+)`", test)
-        assert names and not set(names) - defined, line
-
-
-def names_of(node: ast.AST, within: str = "") -> set[str]:
-    """Every name that code defines: classes, functions, constants, and the attributes of a class as Class.name."""
-    names = set()
-    for part in ast.walk(node):
-        if isinstance(part, ast.ClassDef | ast.FunctionDef) and part is not node:
-            names.add(within + part.name)
-        elif isinstance(part, ast.Name | ast.Attribute) and isinstance(part.ctx, ast.Store):
-            names.add(within + (part.id if isinstance(part, ast.Name) else part.attr))
-        if isinstance(part, ast.ClassDef) and part is not node:
-            names |= names_of(part, f"{part.name}.")
-    return names
-
-
-def test_the_map_of_mechanisms_leads_to_names_that_exist() -> None:
-    """README: a person who knows one of the systems finds its mechanisms by name."""
-    section = (ROOT / "README.md").read_text().split("### Where is it?")[1].split("\n### ")[0]
-    rows = [re.split(r" *\| *", line)[1:-1] for line in section.splitlines() if line.startswith("| ")][1:]
-    names = names_of(ast.parse(t.CODE.read_text()))
-    assert len(rows) > 30
-    for mechanism, place, settings, systems in rows:
-        found = re.findall(r"`([\w.]+)`", place)
-        assert found and set(found) <= names, (mechanism, set(found) - names)
-        knobs = {knob.lower() for knob in re.findall(r"`([A-Z0-9_]+)(?:=[^`]*)?`", settings)}
-        assert knobs <= t.Hyperparameters.knobs().keys(), mechanism
-        # Where the column says that only some systems have it, their files say so too, or the others' do.
-        assert re.fullmatch(r"all|off.*|(518|562|977|1092)(, (518|562|977|1092))*", systems), mechanism
-
-
-@pytest.mark.parametrize(
-    ("mechanism", "on", "systems"),
-    [
-        ("TrigramHash in the bigram's table", lambda h: h.trigram_shared, "562"),
-        ("value embedding (VE128)", lambda h: h.ve_enabled, "518, 977, 1092"),
-        ("value residual", lambda h: h.value_residual, "562"),
-        ("gated attention", lambda h: h.gated_attention, "562"),
-        ("EMA", lambda h: h.ema_enabled, "518, 977, 1092"),
-        ('SWA ("Tight SWA" of 977 and 1092 was collected and not used)', lambda h: h.swa_enabled, "562"),
-        ("scale floor, fitting to the limit", lambda h: h.floor, "518, 977, 1092"),
-        ("magnitude pruning", lambda h: h.prune_frac, "562"),
-        ("XSA, exclusive self attention", lambda h: h.xsa_last_n, "all"),
-        ("legal test-time training (score-first, cosine)", lambda h: h.ttt_mode == "score_first", "977, 1092"),
-        ("test-time training before scoring", lambda h: h.ttt_mode == "pre", "518, 562"),
-    ],
-)
-def test_the_map_says_rightly_which_systems_have_a_mechanism(mechanism: str, on: Callable, systems: str) -> None:
-    have = [name.removeprefix("pr") for name in PUBLISHED if on(load(name))]
-    assert ", ".join(have) == {"all": "518, 562, 977, 1092"}.get(systems, "" if "off" in systems else systems)
-    [row] = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| {mechanism} | `")]
-    assert row.strip("| ").split(" | ")[-1] == systems
+# -------------------------------------------------------------------------------------------------------- dead code
 
 
 def test_nothing_is_defined_that_is_not_used() -> None:
