@@ -3,7 +3,8 @@
 The script is cut into stages, from the initial weights to the final line. Each gets the settings and FIXED inputs: the
 same weights, gradients, text and learning rates, not what another stage has made of the settings. So nothing reaches a
 stage but the knobs that it reads. What a stage does is compared bit by bit between two values of each knob; `TURNS`
-says, for each, where there must be a difference. Everywhere else there must be none."""
+says, for each, where there must be a difference. Everywhere else there must be none. A new knob should get a row; until
+it has one, there is a warning."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -469,8 +471,13 @@ def test_a_knob_with_one_value_refuses_any_other(knob: str) -> None:
         t.Hyperparameters(**{**BASE, knob: value})
 
 
-def test_every_knob_is_turned_and_every_stage_is_reached_by_one() -> None:
-    assert sorted([*TURNS, *FIXED]) == sorted(t.Hyperparameters.knobs())
+def test_every_stage_is_reached_by_a_knob_of_the_table() -> None:
+    """And every row is of a setting. A setting without a row is no failure, so that one can be tried with no more than
+    its declaration; it is told, because nothing shows yet that it does what it should and nothing else."""
+    assert {*TURNS, *FIXED} <= t.Hyperparameters.knobs().keys()
+    missing = t.Hyperparameters.knobs().keys() - {*TURNS, *FIXED}
+    if missing:
+        warnings.warn(f"settings without a row in TURNS: {', '.join(sorted(missing))}", stacklevel=1)
     reached = {stage for _, _, stages, *_ in TURNS.values() for stage in stages.split()}
     # Gains, scales and gates are fp16 whatever is set.
     assert reached == turned("seed")[0].keys() - {"settings", "codes:rest"}
