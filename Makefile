@@ -58,6 +58,9 @@ report: .venv/tools ## draw runs, one page that needs no network: make report RU
 	@test -n "$(RUN)" || { echo "make report needs RUN, folders of runs: make report RUN=logs/demo"; exit 2; }
 	$(BIN)/python records/report.py $(RUN)
 
+architecture: setup ## draw records/architecture.svg anew from the defaults of train_gpt.py
+	$(BIN)/python records/architecture.py
+
 DEMO_RUNS := logs/demo-seed1 logs/demo-seed2 logs/demo-seed3
 submission-demo: .venv/tools ## three seeds of the demonstration, audited, packaged, checked and drawn: about 9 minutes on 2 cores
 	$(BIN)/python data/demo.py
@@ -81,4 +84,4 @@ lint: .venv/test ## check style and types
 clean: ## remove what these commands made, except logs/
 	rm -rf .venv data/datasets/demo_sp1024 data/tokenizers/demo_1024_bpe.model .pytest_cache .ruff_cache
 
-.PHONY: help setup demo data verify-data train fidelity audit report submission-demo bench-data test lint clean
+.PHONY: help setup demo data verify-data train fidelity audit report architecture submission-demo bench-data test lint clean
