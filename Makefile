@@ -74,8 +74,14 @@ submission-demo: .venv/tools ## three seeds of the demonstration, audited, packa
 bench-data: .venv/test ## measure encoding, opening of shards and shuffled loading here: make bench-data DOCS=some.jsonl
 	$(BIN)/python tests/bench_data.py $(DOCS)
 
-test: .venv/test ## run the tests: no network, no GPU
-	$(BIN)/python -m pytest
+# A process a core, four at most: each takes half a gigabyte of memory.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+test: .venv/test ## run all tests: no network, no GPU
+	$(PYTEST)
+
+test-fast: .venv/test ## run the tests of train_gpt.py's sections, without the slow ones: less than a minute
+	$(PYTEST) -m "not slow" tests/test_[0-9]*.py
 
 lint: .venv/test ## check style and types
 	$(BIN)/ruff format --check .
@@ -84,4 +90,4 @@ lint: .venv/test ## check style and types
 clean: ## remove what these commands made, except logs/
 	rm -rf .venv data/datasets/demo_sp1024 data/tokenizers/demo_1024_bpe.model .pytest_cache .ruff_cache
 
-.PHONY: help setup demo data verify-data train fidelity audit report architecture submission-demo bench-data test lint clean
+.PHONY: help setup demo data verify-data train fidelity audit report architecture submission-demo bench-data test test-fast lint clean

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = (
     ROOT.parent / "shared" / "data"
 )  # the challenge's real tokenizer and shards, where a checkout has them beside it
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+# One thread for every process that a test starts (this one has its own, below): tensors of these sizes gain nothing
+# from more, and on a busy machine threads that wait for each other take many times as long.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+os.environ |= ONE_THREAD
 
 import demo  # noqa: E402
 
@@ -45,17 +51,14 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No setting of the caller's shell reaches a test; torch's generator and threads are as before afterwards. Tensors
-    of these sizes gain nothing from threads, and wait for each other on a busy machine: there is one."""
+    """No setting of the caller's shell reaches a test; there is one thread; torch's generator stays as it is."""
     for name in list(os.environ):
         if name.lower() in t.Hyperparameters.knobs():
             monkeypatch.delenv(name)
-    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture
@@ -100,12 +103,64 @@ def wake(model: torch.nn.Module, std: float = 0.2) -> None:
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Returns a folder that is filled once for all processes of this run of the tests: the others wait, and read it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make(name: str, fill: Callable[[Path], None]) -> Path:
+        folder, part = base / f"once-{name}", base / f"once-{name}.part"
+        with FileLock(base / f"once-{name}.lock"):
+            if not folder.exists():
+                shutil.rmtree(part, ignore_errors=True)  # of a process that failed
+                part.mkdir()
+                fill(part)
+                part.rename(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def corpus(once: Callable) -> SimpleNamespace:
     """The demonstration corpus, built once: real English, a real tokenizer, real shards."""
-    output = tmp_path_factory.mktemp("corpus")
-    demo.build(output)
-    data_path = output / "datasets" / "demo_sp1024"
-    return SimpleNamespace(data_path=data_path, tokenizer_path=output / "tokenizers" / "demo_1024_bpe.model")
+    folder = once("corpus", demo.build)
+    data_path = folder / "datasets" / "demo_sp1024"
+    return SimpleNamespace(
+        folder=folder, data_path=data_path, tokenizer_path=folder / "tokenizers" / "demo_1024_bpe.model"
+    )
+
+
+def shell(corpus: SimpleNamespace, **settings: object) -> dict[str, str]:
+    """Returns the environment of a user who has set the corpus and these settings, and no others."""
+    return {
+        **{name: value for name, value in os.environ.items() if name.lower() not in t.Hyperparameters.knobs()},
+        "DATA_PATH": str(corpus.data_path),
+        "TOKENIZER_PATH": str(corpus.tokenizer_path),
+        **{name: str(value) for name, value in settings.items()},
+    }
+
+
+# A run of a second or two that does all there is to do, under the audit.
+AUDITED = {
+    "DEVICE": "cpu", "NUM_LAYERS": 2, "MODEL_DIM": 32, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "TRAIN_SEQ_LEN": 32,
+    "TRAIN_BATCH_TOKENS": 512, "ITERATIONS": 4, "MAX_VAL_TOKENS": 1024, "EVAL_STRIDE": 32, "TTT_CHUNK_TOKENS": 256,
+    "AUDIT": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def audited(once: Callable, corpus: SimpleNamespace) -> Path:
+    """The folder of a real, tiny, audited run, to be read or copied; what it printed lies beside it in stdout.txt."""
+
+    def fill(folder: Path) -> None:
+        command = [sys.executable, str(t.CODE)]
+        environment = shell(corpus, **AUDITED, RUN_ID="a")
+        done = subprocess.run(command, env=environment, cwd=folder, text=True, capture_output=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (folder / "logs/stdout.txt").write_text(done.stdout)
+
+    return once("audited", fill) / "logs/a"
 
 
 @pytest.fixture
@@ -116,15 +171,9 @@ def run_script(tmp_path: Path, corpus: SimpleNamespace) -> Callable[..., subproc
         launcher = [sys.executable]
         if num_processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-        environment = {
-            **{name: value for name, value in os.environ.items() if name.lower() not in t.Hyperparameters.knobs()},
-            "DATA_PATH": str(corpus.data_path),
-            "TOKENIZER_PATH": str(corpus.tokenizer_path),
-            **{name: str(value) for name, value in settings.items()},
-        }
         command = [*launcher, str(ROOT / "train_gpt.py")]
         return subprocess.run(
-            command, env=environment, cwd=cwd, text=True, capture_output=True, timeout=300, check=False
+            command, env=shell(corpus, **settings), cwd=cwd, text=True, capture_output=True, timeout=300, check=False
         )
 
     return run

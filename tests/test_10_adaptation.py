@@ -373,6 +373,7 @@ def adapt_on_rank(rank: int, port: int, folder: str) -> None:
     torch.save(adapt_cases(), Path(folder) / f"{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_adapt_as_one_does_even_with_fewer_sequences_than_processes(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

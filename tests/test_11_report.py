@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import ONE_THREAD
 
 import train_gpt as t
 
@@ -127,7 +128,7 @@ def test_the_banner_accounts_for_every_parameter(reported: Callable) -> None:
 
 
 def smoke(cwd: Path, **settings: str) -> subprocess.CompletedProcess[str]:
-    environment = {"SMOKE": "1", **settings}  # and nothing else: no PATH, no home
+    environment = {"SMOKE": "1", **ONE_THREAD, **settings}  # and nothing else: no PATH, no home
     command = [sys.executable, str(t.CODE)]
     return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
 

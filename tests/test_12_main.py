@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import SHARED
+from conftest import SHARED, shell
 
 import train_gpt as t
 
@@ -47,19 +46,19 @@ def read_run(folder: Path) -> SimpleNamespace:
     )
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, corpus: SimpleNamespace) -> SimpleNamespace:
+@pytest.fixture(scope="session")
+def trained(once: Callable, corpus: SimpleNamespace) -> SimpleNamespace:
     """One complete run of one process."""
-    folder = tmp_path_factory.mktemp("trained")
-    environment = {name: value for name, value in os.environ.items() if name.lower() not in t.Hyperparameters.knobs()}
-    environment |= {name: str(value) for name, value in SMALL.items()} | {"RUN_ID": "one"}
-    environment |= {"DATA_PATH": str(corpus.data_path), "TOKENIZER_PATH": str(corpus.tokenizer_path)}
-    done = subprocess.run(
-        [sys.executable, str(t.CODE)], env=environment, cwd=folder, text=True, capture_output=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+
+    def fill(folder: Path) -> None:
+        command, environment = [sys.executable, str(t.CODE)], shell(corpus, **SMALL, RUN_ID="one")
+        done = subprocess.run(command, env=environment, cwd=folder, text=True, capture_output=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (folder / "stdout.txt").write_text(done.stdout)
+
+    folder = once("trained", fill)
     run = read_run(folder / "logs" / "one")
-    run.stdout = done.stdout
+    run.stdout = (folder / "stdout.txt").read_text()
     return run
 
 
@@ -81,6 +80,7 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(trained: SimpleNamespa
     }
 
 
+@pytest.mark.slow
 def test_eval_only_repeats_the_final_score_and_sweeps_adaptation(
     trained: SimpleNamespace, run_script: Callable, tmp_path: Path
 ) -> None:
@@ -100,6 +100,7 @@ def test_eval_only_repeats_the_final_score_and_sweeps_adaptation(
     assert result["val_bpb"] < trained.stages["sliding"]
 
 
+@pytest.mark.slow
 def test_a_size_over_the_limit_is_an_error_from_which_the_checkpoint_leads_on(
     trained: SimpleNamespace, run_script: Callable, tmp_path: Path
 ) -> None:
@@ -115,6 +116,7 @@ def test_a_size_over_the_limit_is_an_error_from_which_the_checkpoint_leads_on(
     assert limit - 20_000 < result["bytes_total"] <= limit and result["quant_floor"] > 0
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_score_as_one(trained: SimpleNamespace, run_script: Callable, tmp_path: Path) -> None:
     done = run_script(2, RUN_ID="two", **SMALL)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -129,6 +131,7 @@ def test_two_processes_train_and_score_as_one(trained: SimpleNamespace, run_scri
     assert "processes:2" in two.log
 
 
+@pytest.mark.slow
 def test_swa_and_pruning_run_and_report_that_they_acted(run_script: Callable, tmp_path: Path) -> None:
     on = {"QUANT_FLOOR": 0.1, "SWA_ENABLED": 1, "SWA_EVERY": 1, "PRUNE_FRAC": 0.1, "COMPRESSOR": "lzma"}
     on |= {"TTT_MODE": "pre", "TTT_OPTIMIZER": "adamw", "TTT_LR": 0.0005}
@@ -163,6 +166,7 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="the challenge's data is not beside this checkout")
 def test_the_first_losses_on_the_challenges_data_are_those_of_the_published_scripts(
     run_script: Callable, tmp_path: Path
@@ -171,14 +175,14 @@ def test_the_first_losses_on_the_challenges_data_are_those_of_the_published_scri
     names = ("NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "VE_LAYERS", "TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN")
     settings = {name: reference["config"][name] for name in names}
     paths = {"DATA_PATH": SHARED / "bench_web", "TOKENIZER_PATH": SHARED / "fineweb_1024_bpe.model"}
-    rest = {"ITERATIONS": 12, "WARMDOWN_FRAC": 0, "MAX_VAL_TOKENS": 256, "TTT_ENABLED": 0, "EVAL_STRIDE": 0}
-    rest["LOADER"] = "sequential"
+    rest = {"LOADER": "sequential", "ITERATIONS": 6, "WARMUP_STEPS": 1, "WARMDOWN_FRAC": 0}
+    rest |= {"MAX_VAL_TOKENS": 256, "TTT_ENABLED": 0, "EVAL_STRIDE": 0}
     done = run_script(RUN_ID="real", DEVICE="cpu", **settings, **paths, **rest)
     assert done.returncode == 0, done.stderr
     losses = read_run(tmp_path / "logs" / "real").losses
     published = [run["train_loss"] for name, run in reference["runs"].items() if name != "PR 562"]
     # Other initial weights and, from step 2 on, data shifted by a few tokens: the four differ among themselves by up to
     # 0.03 nats at these steps, so a mean of theirs is met within 0.06, twice that.
-    for step in range(1, 11):
+    for step in range(1, 7):
         mean = sum(curve[str(step)] for curve in published) / len(published)
         assert abs(losses[step] - mean) < 0.06, (step, losses[step], mean)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 import subprocess
@@ -69,7 +68,8 @@ def bad_texts(knob: t.Knob) -> list[str]:
     wrong = ["", "many", "092", "00", "0x10", "1,5", "nan", "inf", "-inf", " 1", "1 ", "1__0", "--1", "1e", "."]
     if isinstance(knob.default, int):
         return [*wrong, str(low - 1), str(high + 1), "1.5", "1.0", "1e3"]
-    return [*wrong, repr(math.nextafter(low, -math.inf)), repr(math.nextafter(high, math.inf)), "1e999", "-1e999"]
+    below, above = (end + sign * max(abs(end) * 2**-52, 1e-300) for end, sign in ((low, -1), (high, 1)))
+    return [*wrong, repr(below), repr(above), "1e999", "-1e999"]
 
 
 def bad_values(knob: t.Knob) -> list[Any]:

@@ -77,6 +77,7 @@ def test_the_processes_of_a_machine_share_its_cores(
     num_cores: int | None, num_processes: int, num_threads: int, runtime: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen: list[int] = []
+    monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_processes))
@@ -195,26 +196,33 @@ RANK_SCRIPT = """
 """
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+@pytest.fixture(scope="session")
+def two_ranks(once: Callable) -> SimpleNamespace:
     """What two real processes, started by torchrun on gloo, found."""
-    folder, out = tmp_path_factory.mktemp("ranks"), tmp_path_factory.mktemp("out")
-    script = out / "rank.py"
-    script.write_text(textwrap.dedent(RANK_SCRIPT))
-    environment = {name: value for name, value in os.environ.items() if name.lower() not in t.Hyperparameters.knobs()}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launcher, str(script), str(ROOT), json.dumps(TINY), str(out)],
-        env=environment,
-        cwd=folder,
-        text=True,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    results = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
-    return SimpleNamespace(folder=folder, results=results, stdout=done.stdout)
+
+    def fill(folder: Path) -> None:
+        script = folder / "rank.py"
+        script.write_text(textwrap.dedent(RANK_SCRIPT))
+        (folder / "runs").mkdir()
+        knobs = t.Hyperparameters.knobs()
+        # Nobody has set a number of threads: torchrun sets one itself.
+        environment = {n: v for n, v in os.environ.items() if n.lower() not in knobs and n != "OMP_NUM_THREADS"}
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        done = subprocess.run(
+            [*launcher, str(script), str(ROOT), json.dumps(TINY), str(folder)],
+            env=environment,
+            cwd=folder / "runs",
+            text=True,
+            capture_output=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        (folder / "stdout.txt").write_text(done.stdout)
+
+    folder = once("two-ranks", fill)
+    results = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return SimpleNamespace(folder=folder / "runs", results=results, stdout=(folder / "stdout.txt").read_text())
 
 
 def test_collectives_of_two_processes_sum_scatter_gather_and_agree(two_ranks: SimpleNamespace) -> None:

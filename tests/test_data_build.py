@@ -598,6 +598,7 @@ def test_no_more_than_four_batches_a_process_are_under_way(tmp_path: Path) -> No
     assert number == drawn == 40
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory of processes is read in /proc")
 def test_memory_stays_bounded_however_large_the_input_is(tmp_path: Path, model: Path) -> None:
     """The docstring's bound, 150 MB and 150 MB a process: 450 MB for two, of 4 MB of documents as of 16."""

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,12 +36,10 @@ demo = load_demo()
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(once: Callable) -> Path:
     """Returns the output folder of one build that all tests read and none changes."""
     pytest.importorskip("sentencepiece", reason="only the demonstration's build needs sentencepiece")
-    output = tmp_path_factory.mktemp("demo_corpus")
-    demo.build(output)
-    return output
+    return once("corpus", demo.build)  # the same that other files train on
 
 
 @pytest.fixture(scope="session")

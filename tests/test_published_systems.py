@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ONE_THREAD, ROOT
 
 import train_gpt as t
 
@@ -444,33 +445,32 @@ def test_make_train_reads_the_files_in_turn_and_the_callers_settings_win(tmp_pat
 # ----------------------------------------------------------------------------------------------------- they really run
 
 
-@pytest.fixture(scope="module")
-def toy_runs(tmp_path_factory: pytest.TempPathFactory, corpus: SimpleNamespace) -> Callable[[str], SimpleNamespace]:
+@pytest.fixture(scope="session")
+def toy_runs(once: Callable, corpus: SimpleNamespace) -> Callable[[str], SimpleNamespace]:
     """Runs a system at toy scale as a user would, once, and returns what it left."""
-    folder, done = tmp_path_factory.mktemp("toys"), {}
-    (folder / "data").symlink_to(corpus.data_path.parent.parent)  # where toy.env looks for it
+
+    def fill(name: str, folder: Path) -> None:
+        (folder / "data").symlink_to(corpus.folder)  # where toy.env looks for it
+        files = [str(ROOT / "records" / "env" / f"{part}.env") for part in (name, "toy")]
+        script = 'for f; do . "$f" || exit; done; exec "$PYTHON" "$SCRIPT"'
+        environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "SCRIPT": str(t.CODE), **ONE_THREAD}
+        environment |= {"RUN_ID": name, "DEVICE": "cpu"}
+        command = ["bash", "-ac", script, "toy", *files]
+        process = subprocess.run(command, env=environment, cwd=folder, text=True, capture_output=True, check=False)
+        assert process.returncode == 0, process.stdout + process.stderr
 
     def run(name: str) -> SimpleNamespace:
-        if name not in done:
-            files = [str(ROOT / "records" / "env" / f"{part}.env") for part in (name, "toy")]
-            script = 'for f; do . "$f" || exit; done; exec "$PYTHON" "$SCRIPT"'
-            environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "SCRIPT": str(t.CODE)}
-            environment |= {"RUN_ID": name, "DEVICE": "cpu"}
-            command = ["bash", "-ac", script, "toy", *files]
-            process = subprocess.run(command, env=environment, cwd=folder, text=True, capture_output=True, check=False)
-            assert process.returncode == 0, process.stdout + process.stderr
-            logs = folder / "logs" / name
-            events = [json.loads(line) for line in (logs / "metrics.jsonl").read_text().splitlines()]
-            done[name] = SimpleNamespace(
-                result=json.loads((logs / "submission.json").read_text()),
-                events=events,
-                log=(logs / "train.log").read_text(),
-            )
-        return done[name]
+        logs = once(f"toy-{name}", functools.partial(fill, name)) / "logs" / name
+        return SimpleNamespace(
+            result=json.loads((logs / "submission.json").read_text()),
+            events=[json.loads(line) for line in (logs / "metrics.jsonl").read_text().splitlines()],
+            log=(logs / "train.log").read_text(),
+        )
 
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_system_runs_from_end_to_end_at_toy_scale_with_every_mechanism(name: str, toy_runs: Callable) -> None:
     run = toy_runs(name)
@@ -497,6 +497,7 @@ def test_a_system_runs_from_end_to_end_at_toy_scale_with_every_mechanism(name: s
         assert line in run.log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_only_the_systems_that_broke_the_rules_are_marked_so(name: str, toy_runs: Callable) -> None:
     result, broke = toy_runs(name).result, name in ("pr518", "pr562")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import AUDITED, ROOT, shell
 from torch import Tensor
 
 import train_gpt as t
@@ -262,20 +262,19 @@ def test_a_text_too_short_for_the_proofs_is_refused(make_run: Callable) -> None:
 
 # ---- real processes ----
 
-SETTINGS = {
-    "DEVICE": "cpu", "NUM_LAYERS": 2, "MODEL_DIM": 64, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 64,
-    "TRAIN_BATCH_TOKENS": 512, "ITERATIONS": 4, "MAX_VAL_TOKENS": 1024, "TTT_CHUNK_TOKENS": 256, "AUDIT": 1,
-}  # fmt: skip
 
-
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_real_run_is_watched_from_its_start_and_proven_at_its_end(
-    run_script: Callable, tmp_path: Path, num_processes: int
+    run_script: Callable, audited: Path, tmp_path: Path, num_processes: int
 ) -> None:
-    done = run_script(num_processes, **SETTINGS, RUN_ID="a")
-    assert done.returncode == 0, done.stdout + done.stderr
-    compliance = json.loads((tmp_path / "logs/a/compliance.json").read_text())
-    result = json.loads((tmp_path / "logs/a/submission.json").read_text())
+    folder, out = audited, (audited.parent / "stdout.txt").read_text()
+    if num_processes > 1:
+        done = run_script(num_processes, **AUDITED, RUN_ID="a")
+        assert done.returncode == 0, done.stdout + done.stderr
+        folder, out = tmp_path / "logs/a", done.stdout
+    compliance = json.loads((folder / "compliance.json").read_text())
+    result = json.loads((folder / "submission.json").read_text())
     assert compliance["passed"] is True and all(proof["passed"] for proof in compliance["proofs"].values())
     assert {*compliance["proofs"]} == {*audit.PROBES, "artifact", "files", "network"}
     for key in ("artifact_sha256", "code_sha256", "seed", "run_id"):
@@ -285,7 +284,7 @@ def test_a_real_run_is_watched_from_its_start_and_proven_at_its_end(
     files = compliance["proofs"]["files"]
     assert files["phases_watched"] == ["setup", "preflight", "train", "export", "load", "score", "report"]
     assert files["shards_opened"].keys() == {"setup"} and len(files["shards_opened"]["setup"]) >= 2
-    assert done.stdout.count("audit: ") == 1 + len(compliance["proofs"])
+    assert out.count("audit: ") == 1 + len(compliance["proofs"])
 
 
 ILLEGAL = """
@@ -330,15 +329,14 @@ def illegal_run(corpus: SimpleNamespace, tmp_path: Path) -> Callable[..., subpro
     """Runs the script with deeds that break rules, under AUDIT=1."""
 
     def run(*deeds: str) -> subprocess.CompletedProcess[str]:
-        environment = {n: v for n, v in os.environ.items() if n.lower() not in t.Hyperparameters.knobs()}
-        environment |= {"DATA_PATH": str(corpus.data_path), "TOKENIZER_PATH": str(corpus.tokenizer_path)}
-        environment |= {name: str(value) for name, value in SETTINGS.items()} | {"RUN_ID": "a"}
+        environment = shell(corpus, **AUDITED, RUN_ID="a")
         command = [sys.executable, "-c", ILLEGAL.format(root=str(ROOT)), *deeds]
         return subprocess.run(command, env=environment, cwd=tmp_path, text=True, capture_output=True, check=False)
 
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("deeds", "proof", "evidence"),
     [
@@ -370,6 +368,7 @@ def test_files_sockets_and_programs_in_the_wrong_phase_are_caught(
         assert any(re.search(pattern, text) for text in violations), (pattern, violations)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("deed", "says"),
     [("unquantized", r"[1-9]\d* of \d+ tensors that were scored are not"), ("better", "ANOTHER score")],
@@ -384,15 +383,16 @@ def test_a_score_of_other_weights_and_a_report_of_another_score_are_caught(
 
 
 def test_a_text_too_short_for_the_proofs_is_refused_before_the_training(run_script: Callable, tmp_path: Path) -> None:
-    done = run_script(**{**SETTINGS, "MAX_VAL_TOKENS": 130}, RUN_ID="a")
-    assert done.returncode != 0 and "AUDIT=1 needs a text of 3 windows of 64" in done.stderr
+    done = run_script(**{**AUDITED, "MAX_VAL_TOKENS": 70}, RUN_ID="a")
+    assert done.returncode != 0 and "AUDIT=1 needs a text of 3 windows of 32" in done.stderr
     assert not (tmp_path / "logs").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_audited_on_its_artifact(
     run_script: Callable, tmp_path: Path, corpus: SimpleNamespace
 ) -> None:
-    done = run_script(**{**SETTINGS, "AUDIT": 0}, RUN_ID="a")
+    done = run_script(**{**AUDITED, "AUDIT": 0}, RUN_ID="a")
     assert done.returncode == 0 and not (tmp_path / "logs/a/compliance.json").exists()
     command = [sys.executable, str(ROOT / "records/audit.py"), "logs/a"]
     environment = os.environ | {"AUDIT": "1"}  # somebody's shell may still have it

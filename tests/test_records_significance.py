@@ -159,6 +159,7 @@ def test_welch_agrees_with_a_permutation_test():
     assert 0.01 < p < 0.2 and s.welch(a, b).p == pytest.approx(p, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_candidate_exactly_at_the_margin_passes_no_more_often_than_alpha():
     """4,000 comparisons of 5 with 5 seeds, the true difference being the margin. Welch's test holds alpha only nearly:
     0.046 of 400,000 such comparisons gave p < 0.05. Four standard errors of the count are the tolerance around that.

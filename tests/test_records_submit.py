@@ -6,7 +6,6 @@ import ast
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import shutil
 import statistics
@@ -18,9 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import ROOT
-
-import train_gpt as t
+from conftest import AUDITED, ROOT, shell
 
 sys.path.insert(0, str(ROOT / "records"))
 submit = pytest.importorskip(
@@ -28,25 +25,8 @@ submit = pytest.importorskip(
 )
 import check  # noqa: E402
 
-SETTINGS = {
-    "DEVICE": "cpu", "NUM_LAYERS": 2, "MODEL_DIM": 64, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 64,
-    "TRAIN_BATCH_TOKENS": 512, "ITERATIONS": 4, "MAX_VAL_TOKENS": 1024, "TTT_CHUNK_TOKENS": 256, "AUDIT": 1,
-}  # fmt: skip
 SOURCE = (ROOT / "train_gpt.py").read_bytes()
 H100 = "device:cuda (NVIDIA H100 80GB HBM3) processes:8 dtype:bfloat16 compile:1 attention:fa3 (found) torch:2.13.0"
-
-
-@pytest.fixture(scope="module")
-def audited(tmp_path_factory: pytest.TempPathFactory, corpus: SimpleNamespace) -> Path:
-    """A real, tiny, audited run, of which the tests make others."""
-    folder = tmp_path_factory.mktemp("audited")
-    environment = {n: v for n, v in os.environ.items() if n.lower() not in t.Hyperparameters.knobs()}
-    environment |= {"DATA_PATH": str(corpus.data_path), "TOKENIZER_PATH": str(corpus.tokenizer_path), "RUN_ID": "a"}
-    environment |= {name: str(value) for name, value in SETTINGS.items()}
-    command = [sys.executable, str(ROOT / "train_gpt.py")]
-    done = subprocess.run(command, env=environment, cwd=folder, text=True, capture_output=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "logs/a"
 
 
 @pytest.fixture
@@ -157,9 +137,7 @@ def test_the_packaged_script_runs_inside_its_folder_and_elsewhere_with_the_same_
 ) -> None:
     folder = package(tmp_path, make(1))
     cwd = folder if inside else tmp_path
-    environment = {n: v for n, v in os.environ.items() if n.lower() not in t.Hyperparameters.knobs()}
-    environment |= {"DATA_PATH": str(corpus.data_path), "TOKENIZER_PATH": str(corpus.tokenizer_path), "RUN_ID": "p"}
-    environment |= {name: str(value) for name, value in SETTINGS.items() if name != "AUDIT"}
+    environment = shell(corpus, **{**AUDITED, "AUDIT": 0}, RUN_ID="p")
     command = [sys.executable, str(folder / "train_gpt.py")]
     done = subprocess.run(command, env=environment, cwd=cwd, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
