@@ -112,7 +112,7 @@ def test_the_commands_of_a_page_name_only_what_is_there(page: Path) -> None:
     commands += [
         s for s in spans(page) if re.match(r"(make|python3?|torchrun|source|[A-Z_0-9]+=\S+) ", s) and "…" not in s
     ]
-    assert commands
+    assert commands or page.parent != ROOT, "the first page says how to begin"
     found = {line: faults(line, page) for line in commands}
     assert not any(found.values()), {line: said for line, said in found.items() if said}
 
@@ -124,7 +124,6 @@ def test_the_commands_in_a_file_of_settings_name_only_what_is_there(file: Path) 
         r"\((set -a;.*?)\)|`((?:make|python|torchrun) [^`]+)`|  ((?:make|python|torchrun) .*)", comments
     )
     found = {line: faults(re.sub(r"  +.*", "", line)) for parts in commands for line in parts if line}
-    assert found, "a file of settings says how it is used"
     assert not any(found.values()), {line: said for line, said in found.items() if said}
     named = re.findall(r"records/\w[\w./]*\w", comments)
     assert not [path for path in named if not is_there(path, file)]
@@ -225,7 +224,7 @@ def test_the_tests_that_pages_name_exist() -> None:
     defined = set(
         re.findall(r"^def (test_\w+)", "".join(path.read_text() for path in ROOT.glob("tests/test_*.py")), re.M)
     )
-    rows = [line for page in PAGES for line in page.read_text().splitlines() if re.match(r"\| *[A-Z]-\d+ ", line)]
+    rows = [line for page in PAGES for line in page.read_text().splitlines() if re.match(r"\|\W*[A-Z]-\d+\b", line)]
     assert rows, "the defects of the published systems stand in a table, a row each"
     for row in rows:
         assert re.search(r"`test_\w+`", row), row
