@@ -586,10 +586,10 @@ def test_an_absurd_shape_in_the_header_allocates_nothing(
     ):
         bad = {**header, "model": {**header["model"], **knobs}, "tensors": []}
         (tmp_path / "m.bin").write_bytes(seal(payload_of(bad, b"")))
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(t.UserError):
             t.load_artifact(tmp_path / "m.bin")
-        assert time.perf_counter() - start < 5.0
+        assert time.process_time() - start < 5.0
 
 
 def test_an_environment_that_contradicts_the_file_is_refused_and_one_that_agrees_is_not(

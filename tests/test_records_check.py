@@ -935,14 +935,14 @@ def test_long_lines_and_many_functions_take_no_time(folder):
     many = "".join(f"def f{i}(val_tokens):\n    for epoch in range(3):\n        x.backward()\n" for i in range(800))
     readme = README + "\n```\npython " + "a" * 80_000 + "\n```\n```\n" + "python a \\\n" * 10_000 + "\n```\n"
     path = folder(logs(extra="\n".join(lines) + "\n") | {"train_gpt.py": SCRIPT + many, "README.md": readme})
-    started = time.perf_counter()
+    started = time.process_time()
     assert len(findings(path, "L1", "warn")[0].also) == 799
     for line in lines:
         assert not any(pattern.search(line) for _, pattern, _ in check.PATTERNS)
     assert check.COMMAND.search("python " + "a" * 80_000)[1] is None
     check.parse_line(log := check.Log("x"), "x" * check.MAX_PARSED + " val_bpb:1.0", 1, True)
     assert log.scores == []
-    assert time.perf_counter() - started < 4  # 0.6 s alone; minutes where a pattern is cubic
+    assert time.process_time() - started < 4  # 0.6 s alone; minutes where a pattern is cubic
 
 
 @pytest.mark.parametrize(
@@ -1223,9 +1223,9 @@ def test_directories_empty_files_and_odd_names_are_no_crash(folder, tmp_path):
 def test_a_large_log_is_read_as_a_stream_and_quickly(folder):
     long_line, steps = "x" * 5_000_000 + "\n", "step:1/9 train_loss:6.2 train_time:816ms step_avg:81.61ms\n" * 100_000
     path = folder({"train_seed42.log": long_line + log_text(42).replace("warmup_step: 1/20\n", steps)})
-    started = time.perf_counter()
+    started = time.process_time()
     log = check.parse_log(path / "train_seed42.log")
-    assert time.perf_counter() - started < 5  # 0.5 s alone: 100 MB in some ten seconds
+    assert time.process_time() - started < 5  # 0.5 s alone: 100 MB in some ten seconds
     score, lines = check.last_score(log), (path / "train_seed42.log").read_text().split("\n")
     assert log.seed == 42 and lines[score.line - 1].startswith("quantized_ttt ") and score.bpb == BPB[42]
     path = folder({"train_seed42.log": long_line}, name="2026-04-10_Line")
