@@ -261,7 +261,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[tu
     return run
 
 
-@pytest.mark.parametrize("num_processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [2, 3])
 def test_several_processes_train_as_one_on_the_same_batch(trained: Callable, num_processes: int) -> None:
     [(weights, norms, num_matrices)] = trained(1)
     parts = trained(num_processes)
