@@ -173,7 +173,7 @@ class Encoder:
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except (RuntimeError, OSError) as error:
-            raise DataError(f"{path} is no SentencePiece model ({error})") from None
+            raise DataError(f"{path} is not a SentencePiece model ({error})") from None
         self.vocab_size, self.escapes = self.sp.get_piece_size(), self.sp.normalize("a b") != "a b"
         if self.sp.bos_id() != BOS_ID or self.vocab_size > 1 << 16:
             found = f"BOS {self.sp.bos_id()}, {self.vocab_size:,} pieces"

@@ -64,7 +64,7 @@ def read_num_tokens(path: Path) -> int:
         raise DataError(f"{path} has {size} bytes, less than a shard's header of {HEADER_BYTES}")
     magic, version, num_tokens = np.frombuffer(content, dtype="<i4", count=3).tolist()
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise DataError(f"{path} is no token shard: it begins with {magic}, {version}")
+        raise DataError(f"{path} is not a token shard: it starts with {magic}, {version}")
     if num_tokens < 1 or size != HEADER_BYTES + 2 * num_tokens:
         raise DataError(f"{path} has {size} bytes, its header declares {HEADER_BYTES + 2 * num_tokens}")
     return num_tokens
@@ -154,7 +154,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise DataError(f"{path} is no manifest of this project ({error!r}): remove it or make it anew") from None
+        raise DataError(f"{path} is not a manifest of this project ({error!r}): remove or rebuild it") from None
     return manifest
 
 

@@ -46,18 +46,19 @@ import torch
 from torch import Tensor
 
 SHARD = re.compile(r"_(train|val)_[^/]*\.bin$")  # as the script's own globs
-# Phases, as the functions of `main` that begin them; what begins before the first is "start".
-STAGES = {"build_run": "setup", "preflight": "preflight", "train": "train", "export": "export", "reload": "load"}
-STAGES |= {"evaluate": "score", "report": "report"}
+# Phases are those of the script's own STAGES; what happens before the first is "start".
 FORBIDDEN_SHARDS = {
     "preflight": {"train", "val"},
     "train": {"val"},
+    "calibrate": {"val"},
     "export": {"train", "val"},
     "score": {"train", "val"},
 }
 NETWORK = ("socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "urllib.Request")
 PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty")
 SUM_TOLERANCE = 1e-4  # of the sum of probabilities: fp32 over up to 65,536 pieces stays below a tenth of it
+WITHOUT_TEXT = ("train", "calibrate", "export")  # phases that must not look at the validation text
+USED = ("Scorer", "UserError", "eval_val", "final_score", "find_path", "load_artifact", "write_atomically")
 MAX_SEQUENCES = 4096  # that the sums of probabilities cost: 4 places at 1,024 pieces, but one place at least
 
 
@@ -156,35 +157,57 @@ class Ledger:
 
 
 class Auditor:
-    """Watches the stages of the script's `main`, and after its report proves the rules on an excerpt of the text."""
+    """Watches the stages of the script's `main`, and after its report proves the rules on an excerpt of the text.
+
+    It replaces the functions that the script's STAGES declare. A script without one of the names that are needed here
+    is refused before anything runs, and one that reports without having begun each stage fails the audit.
+    """
 
     def __init__(self, script: ModuleType):
+        self.require_names(script)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # must be set before CUDA is touched
         self.script, self.watch, self.text = script, Watch(), None
         self.scored, self.returned = [], None  # weights when scoring began; what it returned
-        for name in STAGES:
-            setattr(script, name, self.staged(name, getattr(script, name)))
+        for phase, function in script.STAGES.items():
+            name = function.__name__
+            setattr(script, name, self.staged(phase, getattr(script, name)))
         eval_val = script.eval_val
         script.eval_val = lambda run, *rest: eval_val(self.with_text(run), *rest)
 
-    def staged(self, name: str, function: Callable) -> Callable:
-        """Returns a stage of `main` that also tells the watch of its beginning; the proofs follow the report."""
+    def require_names(self, script: ModuleType) -> None:
+        """Raise UserError unless the script has what is watched and used here, under the names that it declares."""
+        missing = [name for name in ("STAGES", *USED) if not hasattr(script, name)]
+        stages = getattr(script, "STAGES", {})
+        for phase in ("setup", *FORBIDDEN_SHARDS, "report"):
+            if phase not in stages:
+                missing.append(f"the stage {phase}")
+        for phase, function in stages.items():
+            if not hasattr(script, function.__name__):
+                missing.append(f"{function.__name__}, which STAGES has as the stage {phase}")
+        if missing:
+            error = getattr(script, "UserError", ValueError)
+            raise error(
+                f"{script.__name__} cannot be audited, it lacks {'; '.join(missing)}: see STAGES in train_gpt.py"
+            )
+
+    def staged(self, phase: str, function: Callable) -> Callable:
+        """Return a stage of `main` that also tells the watch of its beginning; the proofs follow the report."""
 
         def stage(run: Any, *rest: Any) -> Any:
-            self.watch.phase = STAGES[name]
-            self.watch.phases.append(self.watch.phase)
-            if name in ("train", "export"):
+            self.watch.phase = phase
+            self.watch.phases.append(phase)
+            if phase in WITHOUT_TEXT:
                 self.text = run.val
                 run = run._replace(val=WatchedText(run.val, self.watch))
-            if name == "evaluate":
+            if phase == "score":
                 self.watch.look_at_maps()
                 self.scored = [p.detach().clone() for p in run.model.parameters()]
             result = function(run, *rest)
-            if name == "build_run":
+            if phase == "setup":
                 self.excerpt(result)  # a text that is too short is refused now, not after the training
-            elif name == "evaluate":
+            elif phase == "score":
                 self.returned = result
-            elif name == "report":
+            elif phase == "report":
                 self.prove(run, rest[1]["artifact_sha256"])
             return result
 
@@ -211,13 +234,14 @@ class Auditor:
             raise self.script.UserError(
                 f"the audit needs deterministic gradients: set ATTN_BACKEND=sdpa ({error})"
             ) from None
+        self.note_skipped_stages(run.h)
         proofs |= self.watched(rt)
         passed = all(proof["passed"] for proof in proofs.values())
         for name, proof in proofs.items():
             rt.log(f"audit: {name}: {'passed' if proof['passed'] else 'FAILED'}: {proof['says']}")
         result = {"run_id": rt.run_dir.name, "seed": run.h.seed, "passed": passed, "proofs": proofs}
         result |= {"excerpt_targets": excerpt.val.num_targets, "chunk_tokens": excerpt.h.ttt_chunk_tokens}
-        result |= {"artifact_sha256": artifact_sha256, "code_sha256": sha256(self.script.CODE)}
+        result |= {"artifact_sha256": artifact_sha256, "code_sha256": hashlib.sha256(run.code).hexdigest()}
         settings = {name: value for name, value in run.h.values().items() if not name.endswith("_path")}
         result |= {"audit_sha256": sha256(Path(__file__)), "machine": rt.describe(), "settings": settings}
         rt.record("audit", passed=passed, **{name: proof["passed"] for name, proof in proofs.items()})
@@ -240,7 +264,11 @@ class Auditor:
             same = {name: written.get(name) for name in score} == score
         says = f"{num_others} of {len(weights)} tensors that were scored are not the file's; "
         says += "submission.json has the score that came out" if same else "submission.json has ANOTHER score"
-        return {"passed": not num_others and bool(run.rt.agree(same)), "says": says, "other_tensors": others}
+        return {
+            "passed": not num_others and bool(run.rt.broadcast_from_rank0(same)),
+            "says": says,
+            "other_tensors": others,
+        }
 
     def decoded(self, run: Any, artifact_sha256: str) -> dict[str, Tensor]:
         """Returns the artifact's weights, read again from the disk: scoring has adapted those in the model."""
@@ -260,8 +288,19 @@ class Auditor:
         h = copy.copy(run.h)
         h.ttt_chunk_tokens = max(window, min(h.ttt_chunk_tokens, 16 * window, text.num_targets * 2 // 5))
         num_targets = min(text.num_targets, h.ttt_chunk_tokens * 5 // 2)
-        val = text._replace(tokens=text.tokens[: num_targets + 1], num_targets=num_targets)
-        return run._replace(h=h, val=val)
+        return run._replace(h=h, val=text.head(num_targets))
+
+    def note_skipped_stages(self, h: Any) -> None:
+        """Note the stages that this run should have begun and did not: what they did was not watched as theirs."""
+        not_begun = {"train", "calibrate"} if not h.trains else set()
+        if h.eval_only:
+            not_begun.add("export")
+        expected = [phase for phase in self.script.STAGES if phase not in not_begun]
+        if self.watch.phases != expected:
+            text = (
+                f"the stages {self.watch.phases} were begun, not {expected}: main must call each of STAGES by its name"
+            )
+            self.watch.violations.append(("files", text))
 
     def watched(self, rt: Any) -> dict[str, dict[str, Any]]:
         """Returns the proofs of the watch: this process's files and violations, and how many the others have."""
@@ -385,7 +424,7 @@ def sum_of_probabilities(probe: Probe, target: int, end: int, length: int, tail:
         rows = window.repeat(len(pieces), 1)
         rows[:, target + 1 - (end - length)] = pieces
         text = torch.cat((rows.flatten(), rows[0, :1]))
-        val = run.val._replace(tokens=text, num_targets=len(text) - 1)
+        val = run.val._replace(tokens=text, target_bytes=torch.ones(len(text) - 1, dtype=torch.int16))
         scorer = probe.script.Scorer(run._replace(val=val), val, run.h.stride, "audit")
         ends = np.arange(1, len(pieces) + 1) * (length + 1) - 1
         scorer.score(np.stack((ends - length, ends - tail, ends), axis=1))

@@ -573,11 +573,13 @@ def read_scripts(folder: Folder, top: list[str]) -> None:
     likely = [name for name in scripts if name in top and re.fullmatch(r"train\w*\.py", name)]
     if likely:
         main = min(likely, key=lambda n: (n != "train_gpt.py", not n.startswith("train_gpt"), len(n), n))
+        # The source of a packed script, beside it, adds nothing to what the packed one holds.
+        same = {name for name, script in scripts.items() if name != main and script.hashes & scripts[main].hashes}
         wanted = [main]
         for name in wanted:  # grows while it is walked
             size = guarded(folder, name, lambda path: path.stat().st_size, 0)
             folder.scripts.append(scripts.get(name) or Script(name, size))
-            wanted += sorted(loaded_files(folder.scripts[-1], folder.files) - set(wanted))
+            wanted += sorted(loaded_files(folder.scripts[-1], folder.files) - set(wanted) - same)
     folder.twins = [script for script in scripts.values() if script not in folder.scripts]
 
 

@@ -39,7 +39,7 @@ except ImportError as missing:
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as t  # noqa: E402
 
-STAGES = ("raw", "averaged", "quantized", "sliding", "adapted")
+STAGES = ("raw", "averaged", "quantized", "sliding", "ttt")
 # Name -> (light, dark). Figures are drawn in the light colours, which PNGs keep; on the page each becomes var(--name).
 # c0 to c5: at least 3 to 1 on the card, and OKLab distances of 0.09 or more between any two, also as seen with each
 # kind of dichromacy (Machado et al. 2009); the well-known palette of Okabe and Ito has 0.076 by the same measure.
@@ -61,7 +61,7 @@ COLOURS = {
 PAINT = {name: light for name, (light, _) in COLOURS.items()}
 DASHES = ((), (6, 2.5), (1.8, 1.8), (7, 2, 1.8, 2))
 MOST_RUNS = 6 * len(DASHES)  # a run is a colour and a dash
-FAMILY_COLOURS = {family.name: f"c{i}" for i, family in enumerate(t.FAMILIES)} | {"header": "c6", "code": "c7"}
+FAMILY_COLOURS = {family.name: f"c{i}" for i, family in enumerate(t.PARAM_GROUPS)} | {"header": "c6", "code": "c7"}
 PHASE_COLOURS = {"preflight": "c1", "train": "c2", "validation": "c0", "export": "c3", "load": "c7"}
 PHASE_COLOURS |= {"other scores": "c5", "score": "c4"}
 ROUND = (1, 2, 2.5, 5, 10)  # ticks are multiples of these
@@ -273,7 +273,7 @@ def read_parts(blob: bytes, source: str) -> list[Part]:
     Family and bits are those of the file, not of the settings. UserError if the file is no sound artifact."""
     t.decode(blob, source)  # checks all that is relied on below
     codec, length = t.PREFIX.unpack_from(blob)[3:]
-    payload, zstandard = blob[t.PREFIX.size :], t.need("zstandard", "it measures the parts of an artifact")
+    payload, zstandard = blob[t.PREFIX.size :], t.require("zstandard", "it measures the parts of an artifact")
     if codec == t.CODECS["zstd"]:
         payload = zstandard.ZstdDecompressor().stream_reader(payload).read(length)
     elif codec == t.CODECS["lzma"]:
@@ -298,7 +298,7 @@ def read_parts(blob: bytes, source: str) -> list[Part]:
 
 def family_name(name: str) -> str:
     """Returns the family of a stored tensor, or "other": the file may be of another script."""
-    return next((family.name for family in t.FAMILIES if re.fullmatch(family.pattern, name)), "other")
+    return next((family.name for family in t.PARAM_GROUPS if re.fullmatch(family.pattern, name)), "other")
 
 
 def read_runs(folders: list[str]) -> list[Run]:
@@ -728,7 +728,7 @@ def ladder_html(runs: list[Run]) -> str:
         rows.append([named(run), *(num(ladder.get(stage), ".5f") + steps.get(stage, "") for stage in stages)])
     text = """<p>Bits per byte, and the difference from the stage before. <b>raw</b>: the weights after the last step;
     <b>averaged</b>: their moving average; <b>quantized</b>: that, stored in few bits and read back from the file;
-    <b>sliding</b>: the same in overlapping windows; <b>adapted</b>: the same, adapting as it goes.</p>"""
+    <b>sliding</b>: the same in overlapping windows; <b>ttt</b>: the same, training on what it has scored.</p>"""
     return text + table("Scores on the way", ["run", *stages], rows)
 
 

@@ -4,8 +4,9 @@
     python records/submit.py … --against records/track_10min_16mb/2026-03-24_Baseline    # with Welch's tests
 
 Everything in the folder comes from the runs: README.md, submission.json, train_seed<N>.log, compliance_seed<N>.json,
-requirements.txt, the script as it is counted (train_gpt.py, packed) and as it is read (train_gpt_readable.py). Only
-runs of one script with one configuration and passed audits are taken, and each that is named is counted. On other
+requirements.txt, the script as it is counted (train_gpt.py) and, where that is packed, its source
+(train_gpt_readable.py). Only runs of one script with one configuration and passed audits are taken, and each that is
+named is counted. On other
 hardware, data or times than the challenge's, they become a folder of the non-record track that says so. What breaks a
 rule of both tracks is refused: an artifact over the limit, a failed or missing audit, training before scoring. The
 folder appears whole or not at all, and only if records/check.py rejects nothing in it."""
@@ -14,11 +15,9 @@ from __future__ import annotations
 
 import argparse
 import ast
-import base64
 import datetime
 import hashlib
 import json
-import lzma
 import math
 import re
 import shlex
@@ -33,16 +32,15 @@ import check
 import significance
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from train_gpt import unpack  # noqa: E402 - the packer of the runs themselves
+
 SIZE_LIMIT, SEEDS_OF_A_RECORD = 16_000_000, 3
 OWN_SETTINGS = ("seed", "run_id", "audit", "device", "data_path", "tokenizer_path")  # may differ from run to run
 # And those in which the audit of a finished run differs from that run.
 AUDIT_SETTINGS = (*OWN_SETTINGS, "eval_only", "export_only", "max_val_tokens", "attn_backend", "compile", "smoke")
 PROOFS = {"artifact", "future_flip", "sum_of_probabilities", "once_only", "last_chunk", "files", "network"}
 H100S = re.compile(r"^device:cuda \(NVIDIA H100 80GB HBM3\) processes:8 ")  # as torch names the SXM module
-WRAPPER = """# train_gpt_readable.py, packed: LZMA (with a checksum) + base85
-import base64, lzma
-exec(compile(lzma.decompress(base64.b85decode("%s")), "train_gpt_readable.py", "exec"))
-"""
 
 
 class Refusal(ValueError):
@@ -54,33 +52,8 @@ class Run(NamedTuple):
     result: dict[str, Any]  # submission.json
     compliance: dict[str, Any]
     stages: dict[str, float]  # bits per byte by stage
-    script: bytes
+    script: bytes  # train_gpt.py as it ran and was counted
     log: bytes
-
-
-# -------------------------------------------------------------------------------------------------------------- packing
-
-
-def pack(source: bytes) -> bytes:
-    """Returns a script that unpacks itself and behaves as `source` does: `__file__`, and with it the number of bytes
-    that counts, is the packed one's. Comments and docstrings stay: without them it would be 9 kB, 0.06%, smaller, and
-    nobody could compare it with the readable file byte by byte. Tracebacks name lines of the readable file."""
-    packed = (WRAPPER % base64.b85encode(lzma.compress(source, preset=9 | lzma.PRESET_EXTREME)).decode()).encode()
-    if unpack(packed) != source:
-        raise AssertionError("the packed script does not hold its source")
-    return packed
-
-
-def unpack(script: bytes) -> bytes | None:
-    """Returns the source in a script of `pack`, which is only parsed; None if it is another."""
-    head, _, rest = script.decode("utf-8", "replace").partition('b85decode("')
-    payload, _, tail = rest.partition('"')
-    if head != WRAPPER.partition("%s")[0].rpartition('b85decode("')[0] or tail != WRAPPER.partition('%s"')[2]:
-        return None
-    try:
-        return lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(base64.b85decode(payload), 10_000_000)
-    except (ValueError, lzma.LZMAError) as error:
-        raise Refusal(f"the packed script is damaged ({error}): take the one that ran") from None
 
 
 # -------------------------------------------------------------------------------------------------------- what is there
@@ -140,7 +113,8 @@ def refusals(runs: list[Run], shipped: bytes) -> Iterable[str]:
     """Yields the reasons for which the runs can be in neither track."""
     seeds = [run.result["seed"] for run in runs]
     for run in runs:
-        result, total = run.result, len(shipped) + int(run.result["bytes_model"])
+        result = run.result
+        total = len(shipped) + int(result["bytes_model"])
         proofs = run.compliance["proofs"]
         failed = sorted(name for name in PROOFS | proofs.keys() if proofs.get(name, {}).get("passed") is not True)
         if run.compliance.get("passed") is not True or failed:
@@ -185,7 +159,7 @@ def booleans(runs: list[Run], shipped: bytes) -> dict[str, bool | None]:
     watched = all("train" in run.compliance["proofs"]["files"].get("phases_watched", ()) for run in runs)
     results = [run.result for run in runs]
     return {
-        "train_under_600s": all(result["train_seconds"] <= 600 for result in results),
+        "train_under_600s": all(training_seconds(result) <= 600 for result in results),
         "eval_under_600s": all(result["eval_seconds"] <= 600 for result in results),
         "artifact_under_16mb": all(len(shipped) + result["bytes_model"] <= SIZE_LIMIT for result in results),
         "three_seeds": len(runs) >= SEEDS_OF_A_RECORD,
@@ -196,6 +170,11 @@ def booleans(runs: list[Run], shipped: bytes) -> dict[str, bool | None]:
         "no_pre_quant_ttt": proven("files") if watched else None,
         "no_network_in_scoring": proven("network"),
     }
+
+
+def training_seconds(result: dict[str, Any]) -> float:
+    """Return the seconds that the rules call training: the steps and the calibrations after them."""
+    return result["train_seconds"] + result.get("calibration_seconds", 0.0)
 
 
 def submission(runs: list[Run], shipped: bytes, options: argparse.Namespace, record: bool) -> dict[str, Any]:
@@ -209,7 +188,8 @@ def submission(runs: list[Run], shipped: bytes, options: argparse.Namespace, rec
             "val_loss": result["val_loss"], "val_bpb": result["val_bpb"], "artifact_bytes": total,
             "bytes_model": result["bytes_model"], "steps": result["steps"],
             "step_avg_ms": round(result["step_avg_ms"], 3), "train_time_s": round(result["train_seconds"], 3),
-            "calib_time_s": 0.0, "eval_time_s": round(result["eval_seconds"], 3),
+            "calib_time_s": round(result.get("calibration_seconds", 0.0), 3),
+            "eval_time_s": round(result["eval_seconds"], 3),
             "eval_time_strict_s": round(result["eval_seconds_strict"], 3),
         }  # fmt: skip
     several = len(runs) > 1
@@ -261,7 +241,7 @@ def comparison(runs: list[Run], against: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def readme(runs: list[Run], content: dict[str, Any], shipped: bytes, source: bytes) -> str:
+def readme(runs: list[Run], content: dict[str, Any], shipped: bytes, source: bytes | None) -> str:
     """Returns README.md: headline, table, commands, proofs, all of them from the runs."""
     std = "one seed" if content["val_bpb_std"] is None else f"sample std {content['val_bpb_std']:.6f}"
     lines = [f"# {content['name']}", "", f"**val_bpb: {content['val_bpb']:.6f}** (mean of {len(runs)}, {std}), "]
@@ -285,7 +265,7 @@ def readme(runs: list[Run], content: dict[str, Any], shipped: bytes, source: byt
         "",
         f"Loss {content['val_loss']:.6f} nats a token. Strict seconds add reading the artifact and the preflight.",
     ]
-    lines += ["", *tests_of(content), *commands_of(runs), *proofs_of(runs), *files_of(runs, shipped, source)]
+    lines += ["", *tests_of(content), *commands_of(runs), *proofs_of(runs), *files_of(shipped, source)]
     return "\n".join(lines) + "\n"
 
 
@@ -351,16 +331,16 @@ def proofs_of(runs: list[Run]) -> list[str]:
     return [*lines, ""]
 
 
-def files_of(runs: list[Run], shipped: bytes, source: bytes) -> list[str]:
+def files_of(shipped: bytes, source: bytes | None) -> list[str]:
     """Returns the section on the files, with what is counted."""
     lines = [
         "## Files",
         "",
-        f"- `train_gpt.py`, {len(shipped):,} bytes: what is counted; LZMA + base85, unpacks itself",
+        f"- `train_gpt.py`, {len(shipped):,} bytes: the script that ran, and what is counted",
     ]
-    lines += [f"- `train_gpt_readable.py`, {len(source):,} bytes: the source in it, byte for byte"]
-    if runs[0].script != shipped:
-        lines[-1] += "; the logs are of this file and count its bytes, which is more than is shipped"
+    if source is not None:
+        lines[-1] += "; LZMA + base85, unpacks itself"
+        lines += [f"- `train_gpt_readable.py`, {len(source):,} bytes: the source in it, byte for byte"]
     return [*lines, "- logs and audits of every seed, `requirements.txt`", ""]
 
 
@@ -382,8 +362,8 @@ def slug(name: str) -> str:
 
 def write_folder(runs: list[Run], options: argparse.Namespace) -> Path:
     """Returns the folder, written whole and found without fault by records/check.py; Refusal otherwise."""
-    source = unpack(runs[0].script) or runs[0].script
-    shipped = pack(source)
+    shipped = runs[0].script
+    source = unpack(shipped)  # None: it is readable as it is
     if reasons := list(dict.fromkeys(refusals(runs, shipped))):
         raise Refusal("\n  ".join(["these runs can be in no track:", *reasons]))
     missing = why_no_record(runs)
@@ -403,7 +383,9 @@ def write_folder(runs: list[Run], options: argparse.Namespace) -> Path:
     part = temporary / folder.relative_to(options.out)  # the checker reads the track from the path
     part.mkdir(parents=True)
     try:
-        files = {"train_gpt.py": shipped, "train_gpt_readable.py": source}
+        files = {"train_gpt.py": shipped}
+        if source is not None:
+            files["train_gpt_readable.py"] = source
         files["requirements.txt"] = (ROOT / "requirements.txt").read_bytes()
         files["submission.json"] = (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
         files["README.md"] = readme(runs, content, shipped, source).encode()

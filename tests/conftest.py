@@ -29,6 +29,7 @@ import demo  # noqa: E402
 
 import train_gpt as t  # noqa: E402
 
+CODE = t.CODE.read_bytes()
 TINY = {
     "device": "cpu",
     "vocab_size": 96,
@@ -88,9 +89,9 @@ def make_run(tiny: Callable[..., t.Hyperparameters]) -> Callable[..., t.Run]:
         model = t.GPT(h)
         if awake:
             wake(model)
-        val = t.Validation(tokens, num_targets, 2 * num_targets, "random")
+        val = t.Validation(tokens, torch.full((num_targets,), 2, dtype=torch.int16), "random")
         shard = torch.randint(h.vocab_size, (5000,), dtype=torch.int32).numpy().astype("uint16")
-        return t.Run(h, rt, model, rt.compile(model.forward), rt.compile(model.token_nll), [shard], val)
+        return t.Run(h, rt, model, rt.compile(model.forward), rt.compile(model.token_nll), [shard], val, CODE)
 
     return make
 
@@ -167,11 +168,13 @@ def audited(once: Callable, corpus: SimpleNamespace) -> Path:
 def run_script(tmp_path: Path, corpus: SimpleNamespace) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the script as a user would, in a folder of its own, under python or torchrun, on the demo corpus."""
 
-    def run(num_processes: int = 1, cwd: Path = tmp_path, **settings: object) -> subprocess.CompletedProcess[str]:
+    def run(
+        num_processes: int = 1, cwd: Path = tmp_path, script: Path = t.CODE, **settings: object
+    ) -> subprocess.CompletedProcess[str]:
         launcher = [sys.executable]
         if num_processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-        command = [*launcher, str(ROOT / "train_gpt.py")]
+        command = [*launcher, str(script)]
         return subprocess.run(
             command, env=shell(corpus, **settings), cwd=cwd, text=True, capture_output=True, timeout=300, check=False
         )

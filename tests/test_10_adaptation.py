@@ -207,22 +207,24 @@ def test_each_knob_of_adaptation_matters(make_run: Callable) -> None:
 # ------------------------------------------------------------------------------------------------------ score first
 def spied_events(run: t.Run, evaluate: Callable, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[int]]]:
     """Returns what was scored and trained on, in order: ("score" or "train", numbers of the targets)."""
-    events, score, step = [], t.Scorer.score, t.Adapter.step
+    events, score, adapt = [], t.Scorer.score, t.TTT.adapt
 
-    def spy_score(self: t.Scorer, windows: object) -> None:
+    def spy_score(self: t.Scorer, windows: object) -> tuple[torch.Tensor, int]:
         known = self.nll[:-1].isfinite()
-        score(self, windows)
+        sums = score(self, windows)
         events.append(("score", (self.nll[:-1].isfinite() & ~known).nonzero().flatten().tolist()))
+        return sums
 
-    def spy_step(self: t.Adapter, x: torch.Tensor, y: torch.Tensor, num_targets: int, lr_scale: float) -> None:
+    def spy_adapt(self: t.TTT, batch: t.Batch, lr_scale: float) -> None:
+        x, y, num_targets = batch
         # The tokens are numbered: an input before its target shows that the pair is one of the text.
         assert torch.equal(x[y >= 0] + 1, y[y >= 0])
         events.append(("train", (y[y >= 0] - 1).tolist()))
         assert num_targets == len(events[-1][1])
-        step(self, x, y, num_targets, lr_scale)
+        adapt(self, batch, lr_scale)
 
     monkeypatch.setattr(t.Scorer, "score", spy_score)
-    monkeypatch.setattr(t.Adapter, "step", spy_step)
+    monkeypatch.setattr(t.TTT, "adapt", spy_adapt)
     evaluate(run)
     return events
 
@@ -267,13 +269,13 @@ def test_the_ranks_share_the_sequences_of_the_step_that_one_process_takes(
 ) -> None:
     run = numbered(make_run(301, vocab_size=512, ttt_batch_seqs=batch_seqs))
     for low, high in ((0, 64), (64, 104), (101, 300), (200, 210)):
-        expected = [sorted(y[y >= 0].tolist()) for _, y, _ in t.Adapter(run).batches(run.val.tokens, low, high)]
+        expected = [sorted(y[y >= 0].tolist()) for _, y, _ in t.TTT(run).batches(run.val.tokens, low, high)]
         assert sum(expected, []) and sorted(sum(expected, [])) == list(range(low + 1, high + 1))
         shares = []
         for rank in range(world_size):
             rt = copy.copy(run.rt)
             rt.rank, rt.world_size = rank, world_size
-            shares.append(t.Adapter(run._replace(rt=rt)).batches(run.val.tokens, low, high))
+            shares.append(t.TTT(run._replace(rt=rt)).batches(run.val.tokens, low, high))
         assert len({len(share) for share in shares}) == 1, "all take part in as many collectives"
         joint = []
         for parts in zip(*shares):
@@ -357,7 +359,8 @@ def adapt_cases() -> list[tuple[torch.Tensor, float, dict]]:
         torch.manual_seed(1)
         tokens, model = torch.randint(h.vocab_size, (204,), dtype=torch.int32), t.GPT(h)
         wake(model)
-        run = t.Run(h, rt, model, model.forward, model.token_nll, [], t.Validation(tokens, 203, 406, ""))
+        val = t.Validation(tokens, torch.full((203,), 2, dtype=torch.int16), "")
+        run = t.Run(h, rt, model, model.forward, model.token_nll, [], val)
         kept, result = [], t.Scorer.result
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(t.Scorer, "result", lambda self: (kept.append(self.nll[:-1]), result(self))[1])  # noqa: B023

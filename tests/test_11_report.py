@@ -33,6 +33,7 @@ def reported(make_run: Callable[..., t.Run], tmp_path: Path, monkeypatch: pytest
     def report(figures: dict | None = None, score: t.Score = SCORE, **settings: object) -> dict:
         run = make_run(**settings)
         run.rt.open_log(f"run-{len(list(tmp_path.glob('logs/*')))}")
+        t.write_code(run)
         t.banner(run)
         known = {name: value for name, value in {**FIGURES, **(figures or {})}.items() if value is not None}
         t.report(run, score, known)
@@ -113,7 +114,7 @@ def test_the_banner_accounts_for_every_parameter(reported: Callable) -> None:
     log = reported()["log"]
     counts = [int(n.replace(",", "")) for n in re.findall(r"^parameters: \w+ +([\d,]+) in ", log, re.MULTILINE)]
     total = int(re.search(r"^parameters: ([\d,]+) in all", log, re.MULTILINE)[1].replace(",", ""))
-    assert len(counts) == len(t.FAMILIES) and sum(counts) == total > 0
+    assert len(counts) == len(t.PARAM_GROUPS) and sum(counts) == total > 0
     for expected in (
         "device:cpu",
         "attention:sdpa",

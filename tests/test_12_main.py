@@ -31,7 +31,7 @@ SMALL = {
     "EVAL_STRIDE": 16,
     "EVAL_LADDER": 1,
 }
-STAGES = ["raw", "averaged", "quantized", "sliding", "adapted"]
+STAGES = ["raw", "averaged", "quantized", "sliding", "ttt"]
 
 
 def read_run(folder: Path) -> SimpleNamespace:
@@ -64,13 +64,17 @@ def trained(once: Callable, corpus: SimpleNamespace) -> SimpleNamespace:
 
 def test_a_run_learns_and_leaves_everything_in_its_folder(trained: SimpleNamespace) -> None:
     files = {path.name for path in trained.folder.iterdir()}
-    expected = {"train_gpt.py", "train.log", "metrics.jsonl", "checkpoint.bin", "final_model.bin", "submission.json"}
+    expected = {"train.log", "metrics.jsonl", "checkpoint.bin", "final_model.bin", "submission.json"}
+    expected |= {"train_gpt.py", "train_gpt_readable.py"}
     assert files == expected
+    source = t.CODE.read_bytes()
+    assert (trained.folder / "train_gpt_readable.py").read_bytes() == source
+    assert (trained.folder / "train_gpt.py").read_bytes() == t.pack(source)
     assert trained.stdout == trained.log  # what a pipe shows is what the file keeps
     # It starts at the uniform guess, ln 1024 = 6.93, and learns at least how frequent each token is: 1 nat less.
     assert abs(trained.losses[1] - math.log(1024)) < 0.1 and trained.result["val_loss"] < math.log(1024) - 1
     assert list(trained.stages) == STAGES
-    assert trained.result["val_bpb"] == trained.stages["adapted"] < trained.stages["sliding"]
+    assert trained.result["val_bpb"] == trained.stages["ttt"] < trained.stages["sliding"]
     assert trained.result["bytes_model"] == (trained.folder / "final_model.bin").stat().st_size
     # What people used to write by hand: steps, seconds, seed, settings.
     assert (trained.result["steps"], trained.result["seed"]) == (SMALL["ITERATIONS"], t.Hyperparameters.seed)
@@ -105,7 +109,7 @@ def test_a_size_over_the_limit_is_an_error_from_which_the_checkpoint_leads_on(
     trained: SimpleNamespace, run_script: Callable, tmp_path: Path
 ) -> None:
     checkpoint = trained.folder / "checkpoint.bin"
-    limit = t.CODE.stat().st_size + trained.result["bytes_model"] - 20_000
+    limit = trained.result["bytes_code"] + trained.result["bytes_model"] - 20_000
     over = run_script(EXPORT_ONLY=checkpoint, SIZE_LIMIT=limit, QUANT_FLOOR=0, RUN_ID="over", **SMALL)
     assert over.returncode != 0
     for part in ("bytes, over SIZE_LIMIT=", "QUANT_FLOOR=auto", "EXPORT_ONLY=logs/over/checkpoint.bin"):
@@ -152,7 +156,7 @@ def test_swa_and_pruning_run_and_report_that_they_acted(run_script: Callable, tm
         ({"DATA_PATH": "nowhere"}, r"DATA_PATH=nowhere does not exist.*python data/demo\.py"),
         ({"TOKENIZER_PATH": "nowhere.model"}, r"TOKENIZER_PATH=nowhere\.model does not exist"),
         ({"VOCAB_SIZE": 512}, r"has 1024 pieces, VOCAB_SIZE=512"),
-        ({"EVAL_ONLY": __file__}, r"is no artifact of this script"),
+        ({"EVAL_ONLY": __file__}, r"is not an artifact of this script"),
         ({"TRAIN_BATCH_TOKENS": 1000}, r"TRAIN_BATCH_TOKENS=1000 is not a multiple of TRAIN_SEQ_LEN=64"),
         ({"TTT_LR_GROUPS": "mlp.porj:3"}, r"mlp\.porj"),
     ],

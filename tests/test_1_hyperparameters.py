@@ -107,7 +107,7 @@ def test_the_environment_sets_a_knob_with_its_type_and_no_other(environment: Cal
         assert wanted != default, name
         environment((name.upper(), as_text(wanted)))
         if name == "tie_embeddings":  # its other value is understood, and then refused
-            with pytest.raises(t.UserError, match="TIE_EMBEDDINGS=0 is not built"):
+            with pytest.raises(t.UserError, match="TIE_EMBEDDINGS=0 is not supported"):
                 t.Hyperparameters()
             continue
         h = t.Hyperparameters()
@@ -143,8 +143,7 @@ def test_a_bad_value_is_refused_with_the_variable_the_value_and_what_is_allowed(
                     t.Hyperparameters(**{name: bad})
                 pytest.fail(f"{name}={bad!r} was accepted")
             message = str(raised.value)
-            shown = {"1e999": "inf", "-1e999": "-inf"}.get(str(bad), bad)  # beyond float64
-            assert message.startswith(f"{name.upper()}={shown} is not allowed"), message
+            assert message.startswith(f"{name.upper()}={bad} is not allowed"), message
             for part in (*allowed, kind.__name__ if not allowed else "", f"default {knob.default}"):
                 assert part in message, (part, message)
             assert message.endswith(knob.meaning)
@@ -210,7 +209,7 @@ def test_the_defaults_are_the_documented_configuration(environment: Callable) ->
         ("EMA_DECAI", "0.9", ["did you mean EMA_DECAY?"]),
         ("MODEL_DIMS", "64", ["did you mean MODEL_DIM?"]),
         ("DATAPATH", "x", ["did you mean DATA_PATH?"]),
-        ("TTT_LEARNING_RATE", "1", ["TTT_LEARNING_RATE is no setting"]),
+        ("TTT_LEARNING_RATE", "1", ["TTT_LEARNING_RATE is not a setting"]),
         ("SEEDS", "1", ["did you mean SEED?"]),
         ("NUM_LAYER", "3", ["did you mean NUM_LAYERS?"]),
         ("MAX_WALLCLOCK_SECOND", "3", ["did you mean MAX_WALLCLOCK_SECONDS?"]),
@@ -233,7 +232,7 @@ def test_a_variable_that_is_retired_or_was_never_read_is_refused_by_name(environ
         LATE_QAT LATE_QAT_THRESHOLD TRIGRAM_DIM EMBED_LR HEAD_LR KEEP_FLOAT_MAX_NUMEL
     """
     refusals = dict.fromkeys(retired.split(), "no effect")
-    refusals |= dict.fromkeys("MUON_BETA2 VAL_BATCH_SIZE TTT_TEMP GRAD_ACCUM".split(), "no setting")
+    refusals |= dict.fromkeys("MUON_BETA2 VAL_BATCH_SIZE TTT_TEMP GRAD_ACCUM".split(), "not a setting")
     for variable, reason in refusals.items():
         environment((variable, "1"))
         with pytest.raises(t.UserError) as raised:
@@ -245,7 +244,7 @@ def test_a_variable_that_is_retired_or_was_never_read_is_refused_by_name(environ
 
 def test_a_refusal_without_a_suggestion_is_still_a_sentence(environment: Callable) -> None:
     environment(TTT_ZZZZZZZZZZZZZZZZZZZZZZ="1")
-    with pytest.raises(t.UserError, match=r"is no setting of this script[.:;,] ?[Uu]nset or rename it"):
+    with pytest.raises(t.UserError, match=r"is not a setting of this script[.:;,] ?[Uu]nset or rename it"):
         t.Hyperparameters()
 
 
@@ -294,7 +293,7 @@ def test_an_override_that_is_no_setting_is_refused_with_the_nearest_name(
     environment()
     with pytest.raises(t.UserError) as raised:
         t.Hyperparameters(**{name: 64})
-    assert str(raised.value) == f"{name} is no setting" + (f" (did you mean {near}?)" if near else "")
+    assert str(raised.value) == f"{name} is not a setting" + (f" (did you mean {near}?)" if near else "")
 
 
 CROSS_CHECKS: list[tuple[dict[str, Any], str]] = [
@@ -303,9 +302,9 @@ CROSS_CHECKS: list[tuple[dict[str, Any], str]] = [
     ({"num_kv_heads": 3}, r"NUM_HEADS=8 .*multiple of NUM_KV_HEADS=3"),
     ({"num_kv_heads": 16}, r"NUM_HEADS=8 .*multiple of NUM_KV_HEADS=16"),
     ({"model_dim": 24, "rope_dims": 2}, r"MODEL_DIM=24 / NUM_HEADS=8 is odd"),
-    ({"rope_dims": 15}, r"ROPE_DIMS=15 is odd or above the head width 64"),
-    ({"rope_dims": 66}, r"ROPE_DIMS=66 is odd or above the head width 64"),
-    ({"model_dim": 2048, "rope_dims": 256, "eval_seq_len": 2**20}, r"2048 or 1048576 positions are too many"),
+    ({"rope_dims": 15}, r"ROPE_DIMS=15 is odd or larger than the head width 64"),
+    ({"rope_dims": 66}, r"ROPE_DIMS=66 is odd or larger than the head width 64"),
+    ({"model_dim": 2048, "rope_dims": 256, "eval_seq_len": 2**20}, r"1048576 positions are too many"),
     ({"bigram_vocab_size": 1}, r"BIGRAM_VOCAB_SIZE=1 leaves no row.* 0 or at least 2"),
     ({"trigram_shared": True, "bigram_vocab_size": 0}, r"TRIGRAM_SHARED=1 needs BIGRAM_VOCAB_SIZE above 0"),
     ({"ve_layers": "9,11"}, r"VE_LAYERS=9,11: blocks are 0 to 10"),
@@ -313,11 +312,11 @@ CROSS_CHECKS: list[tuple[dict[str, Any], str]] = [
     ({"num_layers": 10, "ve_layers": "9,10"}, r"VE_LAYERS=9,10: blocks are 0 to 9"),
     ({"ve_layers": ""}, r"VE_LAYERS= .*malformed.*9,10"),
     ({"ve_layers": "last"}, r"VE_LAYERS=last .*malformed.*9,10"),
-    ({"eval_stride": 2049}, r"EVAL_STRIDE=2049 is above the window of 2048"),
-    ({"eval_stride": 64, "eval_seq_len": 32}, r"EVAL_STRIDE=64 is above the window of 32"),
+    ({"eval_stride": 2049}, r"EVAL_STRIDE=2049 is larger than the window of 2048"),
+    ({"eval_stride": 64, "eval_seq_len": 32}, r"EVAL_STRIDE=64 is larger than the window of 32"),
     ({"train_batch_tokens": 786_433}, r"TRAIN_BATCH_TOKENS=786433 is not a multiple of TRAIN_SEQ_LEN=2048"),
     ({"train_batch_tokens": 1024}, r"TRAIN_BATCH_TOKENS=1024 is not a multiple of TRAIN_SEQ_LEN=2048"),
-    ({"ttt_freeze_blocks": 12}, r"TTT_FREEZE_BLOCKS=12 is over 11 layers"),
+    ({"ttt_freeze_blocks": 12}, r"TTT_FREEZE_BLOCKS=12 is more than the 11 blocks"),
     ({"quant_floor": "-0.1"}, r"QUANT_FLOOR=-0\.1 .*1000"),
     ({"quant_floor": "1001"}, r"QUANT_FLOOR=1001(\.0)? .*1000"),
     ({"quant_floor": "nan"}, r"QUANT_FLOOR=nan"),
@@ -352,7 +351,7 @@ def test_settings_that_do_not_fit_together_are_refused_by_name(
 @pytest.mark.parametrize(
     ("settings", "derived"),
     [
-        ({}, {"head_dim": 64, "window": 2048, "stride": 64, "ve_blocks": [9, 10], "floor": None}),
+        ({}, {"head_dim": 64, "window": 2048, "stride": 64, "ve_blocks": [9, 10], "fixed_quant_floor": None}),
         ({"num_layers": 3, "ve_layers": "-1,0,2"}, {"ve_blocks": [0, 2]}),
         ({"ve_enabled": False, "ve_layers": "99"}, {"ve_blocks": []}),
         ({"eval_stride": 0}, {"stride": 2048}),
@@ -363,8 +362,8 @@ def test_settings_that_do_not_fit_together_are_refused_by_name(
         ({"num_kv_heads": 8}, {"num_kv_heads": 8}),
         ({"bigram_vocab_size": 2}, {"bigram_vocab_size": 2}),
         ({"ttt_freeze_blocks": 11}, {"ttt_freeze_blocks": 11}),
-        ({"quant_floor": "0"}, {"floor": 0.0}),
-        ({"quant_floor": "1000"}, {"floor": 1000.0}),
+        ({"quant_floor": "0"}, {"fixed_quant_floor": 0.0}),
+        ({"quant_floor": "1000"}, {"fixed_quant_floor": 1000.0}),
         ({"ttt_lr_groups": "mlp.proj:3,mlp.fc:.5"}, {"ttt_multipliers": {"mlp.proj": 3.0, "mlp.fc": 0.5}}),
         ({"fp16_keep_name_patterns": "tok_emb,,attn.c_k"}, {"fp16_patterns": ["tok_emb", "attn.c_k"]}),
         ({"mlp_bits": 2, "attn_bits": 8, "embed_bits": 16}, {"mlp_bits": 2, "attn_bits": 8, "embed_bits": 16}),

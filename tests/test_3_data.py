@@ -124,12 +124,12 @@ def bad(tmp_path: Path, corpus: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 TOKENS = [BOS, *range(300, 700)]
 GOOD = shard_bytes(TOKENS)
 SPOILED_SHARDS = {
-    "wrong magic": (shard_bytes(TOKENS, magic=MAGIC + 1), r"no token shard.*begins with \[20240521, 1\]"),
-    "wrong version": (shard_bytes(TOKENS, version=2), r"no token shard.*begins with \[20240520, 2\]"),
-    "no shard at all": (b"\x28\xb5\x2f\xfd" * 300, r"no token shard"),
-    "text": (b"not a shard\n", r"no token shard.*\(12 bytes,"),
-    "empty file": (b"", r"no token shard.*\(0 bytes,"),
-    "half a header": (GOOD[:512], r"no token shard.*\(512 bytes,"),
+    "wrong magic": (shard_bytes(TOKENS, magic=MAGIC + 1), r"not a token shard.*starts with \[20240521, 1\]"),
+    "wrong version": (shard_bytes(TOKENS, version=2), r"not a token shard.*starts with \[20240520, 2\]"),
+    "no shard at all": (b"\x28\xb5\x2f\xfd" * 300, r"not a token shard"),
+    "text": (b"not a shard\n", r"not a token shard.*\(12 bytes,"),
+    "empty file": (b"", r"not a token shard.*\(0 bytes,"),
+    "half a header": (GOOD[:512], r"not a token shard.*\(512 bytes,"),
     "only a header": (GOOD[:1024], r"truncated: 1024 bytes, but its header declares 1826"),
     "a token less": (GOOD[:-2], r"truncated: 1824 bytes, but its header declares 1826"),
     "a byte less": (GOOD[:-1], r"truncated: 1825 bytes, but its header declares 1826"),
@@ -218,9 +218,9 @@ def link_validation_as_train(bad: SimpleNamespace) -> None:
     [
         (None, {"DATA_PATH": "nowhere"}, ["DATA_PATH=nowhere does not exist", "python data/demo.py"]),
         (None, {"TOKENIZER_PATH": "no.model"}, ["TOKENIZER_PATH=no.model does not exist", "python data/demo.py"]),
-        (remove("*.bin"), {}, ["DATA_PATH=", "shards holds no *_val_*.bin", "python data/download.py"]),
-        (remove("*val*"), {}, ["DATA_PATH=", "shards holds no *_val_*.bin", "python data/demo.py"]),
-        (remove("*train*"), {}, ["DATA_PATH=", "shards holds no *_train_*.bin", "python data/demo.py"]),
+        (remove("*.bin"), {}, ["DATA_PATH=", "shards has no *_val_*.bin", "python data/download.py"]),
+        (remove("*val*"), {}, ["DATA_PATH=", "shards has no *_val_*.bin", "python data/demo.py"]),
+        (remove("*train*"), {}, ["DATA_PATH=", "shards has no *_train_*.bin", "python data/demo.py"]),
         (
             add("a_train_val_0.bin"),
             {},
@@ -231,10 +231,10 @@ def link_validation_as_train(bad: SimpleNamespace) -> None:
         (
             add("t.model", b"no model"),
             {"TOKENIZER_PATH": "../shards/t.model"},
-            ["t.model is no SentencePiece", "fetch"],
+            ["t.model is not a SentencePiece", "fetch"],
         ),
         (add("t.model", b""), {"TOKENIZER_PATH": "../shards/t.model"}, ["TOKENIZER_PATH=../shards/t.model"]),
-        (None, {"TOKENIZER_PATH": "../shards"}, ["TOKENIZER_PATH=../shards is no SentencePiece model", "fetch"]),
+        (None, {"TOKENIZER_PATH": "../shards"}, ["TOKENIZER_PATH=../shards is not a SentencePiece model", "fetch"]),
     ],
 )
 def test_missing_and_wrong_files_are_refused_by_variable_value_and_fix(
@@ -250,7 +250,7 @@ def test_missing_and_wrong_files_are_refused_by_variable_value_and_fix(
 def test_a_validation_text_without_a_byte_is_refused(bad: SimpleNamespace) -> None:
     remove("*_val_*")(bad)
     add("a_val_0.bin", shard_bytes([BOS] * 65))(bad)
-    assert re.match(r"the validation shards of DATA_PATH=\S+ hold no text", bad.refused())
+    assert re.match(r"the validation shards of DATA_PATH=\S+ have no text", bad.refused())
 
 
 def test_a_tokenizer_without_the_bare_space_piece_is_refused(bad: SimpleNamespace) -> None:
@@ -262,7 +262,7 @@ def test_a_tokenizer_without_the_bare_space_piece_is_refused(bad: SimpleNamespac
     sp = sentencepiece.SentencePieceProcessor(str(path))
     assert sp.encode("a b", out_type=str)[1:4] == ["<0xE2>", "<0x96>", "<0x81>"]  # the fixture is what it should be
     message = bad.refused(TOKENIZER_PATH=path, VOCAB_SIZE=sp.vocab_size())
-    assert message.startswith(f"TOKENIZER_PATH={path} lacks the bare piece '▁'") and "train it anew" in message
+    assert message.startswith(f"TOKENIZER_PATH={path} lacks the bare piece '▁'") and "retrain it" in message
 
 
 # ---- the manifest ----------------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def described(tmp_path: Path, corpus: SimpleNamespace, tiny: Callable) -> Simple
 
     def settle(**chosen: object) -> t.Hyperparameters:
         given = {name: value for name, value in TINY.items() if name != "vocab_size"}
-        return t.settle_data(t.Hyperparameters(**{**given, "data_path": str(data), **chosen}))
+        return t.apply_manifest(t.Hyperparameters(**{**given, "data_path": str(data), **chosen}))
 
     tokenizer = tmp_path / "tokenizers" / corpus.tokenizer_path.name
     manifest = json.loads((data / "manifest.json").read_text())
@@ -336,7 +336,7 @@ def test_shards_that_are_not_the_manifests_are_refused(kind: str, described: Sim
         path.write_bytes(shard_bytes(t.load_data_shard(path)[:-5].tolist()))
     else:
         path.unlink()
-    with pytest.raises(t.UserError, match=rf"{path} is not as {described.path} says: `python data/verify.py"):
+    with pytest.raises(t.UserError, match=rf"{path} does not match {described.path}: `python data/verify.py"):
         described.settle()
 
 
@@ -360,9 +360,7 @@ def test_shards_that_are_not_the_manifests_are_refused(kind: str, described: Sim
 )
 def test_what_is_no_manifest_is_refused(spoil: Callable[[dict], bytes], described: SimpleNamespace) -> None:
     described.path.write_bytes(spoil(described.manifest))
-    with pytest.raises(
-        t.UserError, match=rf"{described.path} is no manifest of token shards .*: make it anew or remove"
-    ):
+    with pytest.raises(t.UserError, match=rf"{described.path} is not a manifest of token shards .*: rebuild or remove"):
         described.settle()
 
 
@@ -536,7 +534,7 @@ def test_the_default_batch_is_one_pass_on_each_of_8_gpus_and_eight_on_one(
 
 
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused(tiny: Callable) -> None:
-    message = r"TRAIN_BATCH_TOKENS=256 is no multiple of 3 x 32 tokens"
+    message = r"TRAIN_BATCH_TOKENS=256 is not a multiple of 3 x 32 tokens"
     with pytest.raises(t.UserError, match=message):
         t.batch_plan(tiny(), 3)
 

@@ -352,7 +352,7 @@ def test_the_norm_is_over_the_root_mean_square_with_the_eps_of_fp32() -> None:
 
 @pytest.mark.parametrize(("order", "rows"), [(2, 2048), (3, 2048), (2, 2), (3, 2**24)])
 def test_hashes_are_those_of_unbounded_integers(order: int, rows: int) -> None:
-    table = t.TokenTable(2, 4, 8, (order,), 1.0)
+    table = t.ProjectedEmbedding(2, 4, 8, (order,), 1.0)
     table.embed.num_embeddings = rows  # only their number matters here
     # Products with the large ids need more than 32 bits; 1 begins a document.
     ids = torch.tensor([[5, 7, 0, 1023, 65_535, 65_535, 65_535, 59_139, 1, 8, 9, 1, 1, 4]])
@@ -363,7 +363,7 @@ def test_hashes_are_those_of_unbounded_integers(order: int, rows: int) -> None:
 
 
 def test_hashes_by_hand() -> None:
-    bigram = t.TokenTable(2048, 4, 8, (2, 3), 1.0)
+    bigram = t.ProjectedEmbedding(2048, 4, 8, (2, 3), 1.0)
     ids = torch.tensor([[5, 7, 9]])
     # 36313 x 7 = 254191 XOR 27191 x 5 = 135955 is 127996, mod 2047: 1082. 36313 x 9 = 326817 XOR 27191 x 7 = 190337 is
     # 400160, mod 2047: 995; that XOR 51497 x 5 = 257485 is 390893, mod 2047: 1963.
@@ -385,7 +385,7 @@ def test_a_narrow_hash_table_learns(tiny: Settings, settings: dict) -> None:
 
 def test_ngrams_and_smearing_do_not_reach_into_the_document_before() -> None:
     """What a document begins with has the same vectors after every other document, and as at the begin of a text."""
-    table, smear = t.TokenTable(64, 4, 8, (2, 3), 1.0), t.SmearGate(8)
+    table, smear = t.ProjectedEmbedding(64, 4, 8, (2, 3), 1.0), t.SmearGate(8)
     embed = torch.nn.Embedding(96, 8)
     document = [1, 7, 8, 9]
     outs = []
@@ -429,7 +429,7 @@ def test_excluded_outputs_are_orthogonal_to_their_own_value() -> None:
     y, v = torch.randn(2, 5, 6, 8), torch.randn(2, 5, 3, 8)
     v *= 10.0 ** torch.tensor([0.0, 2.0, -2.0, -5.0, -9.0]).view(5, 1, 1)  # only the direction counts
     v[0, 0, 0] = 0.0
-    out = t.exclude_self(y, v)
+    out = t.xsa(y, v)
     direction = torch.nn.functional.normalize(v.double(), dim=-1).repeat_interleave(2, dim=2)  # head 2 g + i: group g
     # Sums of 8 products of numbers of up to 4 and 1 in fp32: 8 x 4 x 6e-8.
     assert (out * direction).sum(-1).abs().max() < 2e-6

@@ -237,7 +237,7 @@ def train_part(rank: int, num_processes: int, port: int, folder: str) -> None:
         ids = torch.randint(h.vocab_size, (6, 17))[own]
         (model.token_nll(ids[:, :-1], ids[:, 1:]).mean(1) * importance).mean().backward()
         norms.append(optimizer.step(1.0, t.muon_momentum(h, step)).item())
-    sizes = [len(stack.momentum) for stack in optimizer.stacks]
+    sizes = [len(stack.momentum) for stack in optimizer.muon_groups]
     torch.save((model.state_dict(), norms, sizes), f"{folder}/{num_processes}-{rank}.pt")
     rt.close()
 
@@ -297,7 +297,8 @@ def test_the_number_of_collectives_does_not_grow_with_the_layers(tiny: Settings)
         ids = torch.randint(96, (2, 9))
         model(ids[:, :-1], ids[:, 1:]).backward()
         t.Optimizer(h, rt, model).step(1.0, 0.9)
-        t.Adapter(t.Run(h, rt, model, model.forward, model.token_nll, [], None)).step(ids[:, :-1], ids[:, 1:], 16, 1.0)
+        ttt = t.TTT(t.Run(h, rt, model, model.forward, model.token_nll, [], None))
+        ttt.adapt(t.Batch(ids[:, :-1], ids[:, 1:], num_targets=16), lr_scale=1.0)
         counts.append(calls)
     # Shapes: (32, 32) of c_q and proj, (16, 32) of c_k and c_v, (32, 96) of the MLP. One all-reduce is of replicated
     # gradients, one of the norm, and one of a test-time step.
@@ -312,8 +313,8 @@ def test_on_eight_processes_hardly_any_work_is_padding(layers: int, stacks: dict
         model = t.GPT(h)
     rt = SimpleNamespace(world_size=8, device=torch.device("meta"), compile=lambda function: function)
     optimizer = t.Optimizer(h, rt, model)
-    assert Counter(len(stack.parameters) for stack in optimizer.stacks) == stacks
-    for stack in optimizer.stacks:
+    assert Counter(len(stack.parameters) for stack in optimizer.muon_groups) == stacks
+    for stack in optimizer.muon_groups:
         matrices = 8 * len(stack.momentum)
         assert matrices == 24 or stack.momentum.numel() * len(stack.parameters) <= 512 * 128  # a tiny projection
         assert (

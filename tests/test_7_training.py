@@ -163,7 +163,7 @@ def test_the_average_is_put_into_the_model_in_fp32_in_every_tensor(make_run: Cal
 def test_the_training_step_updates_the_averages_with_the_weights_after_it(make_run: Callable) -> None:
     run = make_run()
     trainer, initial = t.Trainer(run), snapshot(run)
-    trainer.step(0, 1.0, random_batch(run))
+    trainer.step(1.0, random_batch(run))
     for (name, p), e in zip(run.model.named_parameters(), trainer.ema):
         # Step number 1: the decay is 2 / 11. Rounded to fp32 a few times at values of order 1.
         assert torch.allclose(e, initial[name] * 2 / 11 + p.detach() * 9 / 11, rtol=1e-6, atol=1e-6), name
@@ -183,7 +183,7 @@ def test_micro_batches_make_the_step_of_one_big_batch(make_run: Callable, monkey
         monkeypatch.setattr(trainer.optimizer, "step", spy)
         batch = random_batch(run, cuts=cuts)
         assert len(batch) == cuts
-        found.append((trainer.step(0, 1.0, batch).item(), gradients))
+        found.append((trainer.step(1.0, batch).item(), gradients))
     for loss, gradients in found[1:]:
         assert math.isclose(loss, found[0][0], rel_tol=1e-6)  # a mean of 256 numbers of one sign in another order
         for name, g in gradients.items():
@@ -344,7 +344,7 @@ def test_the_preflight_reports_no_event_of_the_training(make_run: Callable, monk
     [
         "Trainer.apply_average",
         "Optimizer.step",
-        "Adapter.step",
+        "TTT.adapt",
         "Scorer.score",
         "quantize_rows",
         "encode",
@@ -363,8 +363,8 @@ def test_the_preflight_meets_what_would_fail_at_the_end(
 
 
 def test_the_preflight_prunes_as_the_export_will(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts, quantize = [], t.quantize_weights
-    monkeypatch.setattr(t, "quantize_weights", lambda *arguments: (parts.append(arguments[3]), quantize(*arguments))[1])
+    parts, prepare = [], t.prepare_weights
+    monkeypatch.setattr(t, "prepare_weights", lambda *arguments: (parts.append(arguments[2]), prepare(*arguments))[1])
     t.preflight(make_run(prune_frac=0.3))
     assert parts == [0.3]
 
@@ -386,11 +386,11 @@ def test_every_rank_takes_the_learning_rate_from_the_clock_of_rank_0(
     """This rank's own clock says milliseconds; rank 0's says that each step took ten seconds."""
     run = make_run(max_wallclock_seconds=100.0, val_loss_every=0)
     seconds, scales, step = iter(range(10, 10_000, 10)), [], t.Trainer.step
-    monkeypatch.setattr(run.rt, "agree", lambda number: float(next(seconds)))
+    monkeypatch.setattr(run.rt, "broadcast_from_rank0", lambda number: float(next(seconds)))
 
-    def spy(self: t.Trainer, number: int, lr_scale: float, batch: list) -> torch.Tensor:
+    def spy(self: t.Trainer, lr_scale: float, batch: list) -> torch.Tensor:
         scales.append(lr_scale)
-        return step(self, number, lr_scale, batch)
+        return step(self, lr_scale, batch)
 
     monkeypatch.setattr(t.Trainer, "step", spy)
     t.train(run)
@@ -432,11 +432,11 @@ def test_a_slow_first_step_does_not_lower_the_learning_rate(
     """The published mean had it: 0.69 of the rate at step 1."""
     run = make_run(max_wallclock_seconds=100.0, warmdown_iters=50, val_loss_every=0)
     clock, scales, step = iter([30.0, 30.5, *(30.5 + 0.5 * i for i in range(1, 1000))]), [], t.Trainer.step
-    monkeypatch.setattr(run.rt, "agree", lambda number: next(clock))
+    monkeypatch.setattr(run.rt, "broadcast_from_rank0", lambda number: next(clock))
 
-    def spy(self: t.Trainer, number: int, lr_scale: float, batch: list) -> torch.Tensor:
+    def spy(self: t.Trainer, lr_scale: float, batch: list) -> torch.Tensor:
         scales.append(lr_scale)
-        return step(self, number, lr_scale, batch)
+        return step(self, lr_scale, batch)
 
     monkeypatch.setattr(t.Trainer, "step", spy)
     t.train(run)
@@ -450,8 +450,13 @@ def test_training_looks_at_no_loss_but_through_the_lag(make_run: Callable, monke
     """A step's loss is opaque to the loop: `.item()` on it, or a comparison, would drain the device in each step."""
     run = make_run(iterations=5, max_wallclock_seconds=0.0, val_loss_every=0)
     followed = []
-    monkeypatch.setattr(t.Trainer, "step", lambda *args: SimpleNamespace())
-    monkeypatch.setattr(run.rt, "follow", lambda loss: followed.append(loss) or 1.0)
+
+    def step(self: t.Trainer, lr_scale: float, batch: list) -> SimpleNamespace:
+        self.num_steps += 1
+        return SimpleNamespace()
+
+    monkeypatch.setattr(t.Trainer, "step", step)
+    monkeypatch.setattr(run.rt, "lagged_item", lambda loss: followed.append(loss) or 1.0)
     t.train(run)
     assert len(followed) == 5
 
@@ -468,9 +473,9 @@ def test_a_step_reads_no_number_from_the_device(make_run: Callable) -> None:
 
     run = make_run(swa_enabled=True, swa_every=1)
     trainer = t.Trainer(run)
-    for step, scale in enumerate((1.0, 0.3)):
+    for scale in (1.0, 0.3):
         with Reads() as mode:
-            loss = trainer.step(step, scale, random_batch(run))
+            loss = trainer.step(scale, random_batch(run))
         assert mode.number == 0 and isinstance(loss, torch.Tensor)
         with mode:
             loss.item()
@@ -493,7 +498,7 @@ def test_compiled_training_is_one_graph_with_the_losses_of_eager(make_run: Calla
             run = run._replace(mean_loss=mean_loss)
         trainer = t.Trainer(run)
         scales = (1.0, 0.51, 0.5, 0.4)
-        losses.append([trainer.step(i, scale, random_batch(run)).item() for i, scale in enumerate(scales)])
+        losses.append([trainer.step(scale, random_batch(run)).item() for scale in scales])
         assert len(graphs) == int(compiled)
     # The same operations, perhaps fused or in another order: 1e-6 relative a step on a loss of about 10.
     assert losses[1] == pytest.approx(losses[0], abs=2e-4)
@@ -508,6 +513,6 @@ def test_scoring_leaves_nothing_behind_that_cannot_be_trained_through(make_run: 
     score = t.eval_val(run, stride)
     assert math.isfinite(score.val_loss)
     trainer = t.Trainer(run)
-    assert math.isfinite(trainer.step(0, 1.0, random_batch(run)).item())
+    assert math.isfinite(trainer.step(1.0, random_batch(run)).item())
     held = [*run.model.parameters(), *(x for m in run.model.modules() for x in vars(m).values())]
     assert not any(x.is_inference() for x in held if isinstance(x, torch.Tensor))

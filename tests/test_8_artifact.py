@@ -85,6 +85,11 @@ def quantize_reference(w: np.ndarray, bits: int, floor: float) -> tuple[np.ndarr
     return codes, scales, chosen, ambiguous
 
 
+def quantized(w: torch.Tensor, bits: int, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of a matrix, in the two steps of the export."""
+    return t.quantize_rows(w, t.row_clips(w), bits, floor)
+
+
 def awkward_matrix(cols: int = 700) -> np.ndarray:
     """Returns fp32 rows of every kind: normal, heavy tails, zeros, one huge value, equal values, tiny ones."""
     rng = np.random.default_rng(5)
@@ -102,7 +107,7 @@ def awkward_matrix(cols: int = 700) -> np.ndarray:
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_codes_and_scales_are_those_of_the_formula(bits: int, floor: float) -> None:
     w = awkward_matrix()
-    codes, scales = t.quantize_rows(torch.from_numpy(w), bits, floor)
+    codes, scales = quantized(torch.from_numpy(w), bits, floor)
     expected_codes, expected_scales, chosen, ambiguous = quantize_reference(w, bits, floor)
     assert ambiguous.sum() <= 3, "the matrix must decide nearly all of its rows"
     if floor < 1:
@@ -118,7 +123,7 @@ def test_codes_and_scales_are_those_of_the_formula(bits: int, floor: float) -> N
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_a_value_within_the_clip_is_off_by_half_a_step_at_most(bits: int, floor: float) -> None:
     q, w = 2 ** (bits - 1) - 1, awkward_matrix()
-    codes, scales = (x.double().numpy() for x in t.quantize_rows(torch.from_numpy(w), bits, floor))
+    codes, scales = (x.double().numpy() for x in quantized(torch.from_numpy(w), bits, floor))
     assert np.abs(codes).max() == q if floor < 1 or bits < 8 else np.abs(codes).max() <= q
     inside = np.abs(w) <= q * scales
     # w / scale is rounded to fp32 first, which moves a value of at most q steps by at most q 2^-24 steps.
@@ -130,16 +135,16 @@ def test_a_value_within_the_clip_is_off_by_half_a_step_at_most(bits: int, floor:
 
 def test_a_row_is_quantized_as_if_it_were_alone() -> None:
     w = torch.from_numpy(awkward_matrix())
-    codes, scales = t.quantize_rows(w, 6, 0.0)
+    codes, scales = quantized(w, 6, 0.0)
     for row in range(len(w)):
-        alone = t.quantize_rows(w[row : row + 1], 6, 0.0)
+        alone = quantized(w[row : row + 1], 6, 0.0)
         assert torch.equal(alone[0], codes[row : row + 1]) and torch.equal(alone[1], scales[row : row + 1])
 
 
 @pytest.mark.parametrize("cols", [1, 2, 3, 5000])
 def test_rows_of_any_width_are_quantized_by_the_formula(cols: int) -> None:
     w = np.random.default_rng(cols).normal(size=(4, cols)).astype(np.float32)
-    codes, scales = t.quantize_rows(torch.from_numpy(w), 6, 0.0)
+    codes, scales = quantized(torch.from_numpy(w), 6, 0.0)
     expected_codes, expected_scales, _, ambiguous = quantize_reference(w, 6, 0.0)
     assert not ambiguous.any()
     assert np.array_equal(codes.numpy(), expected_codes) and np.array_equal(scales.numpy(), expected_scales)
@@ -153,8 +158,8 @@ def test_pruning_zeroes_exactly_the_smallest_part_of_each_quantized_matrix(
     torch.manual_seed(3)
     weights = {n: torch.randn(p.shape) for n, p in t.GPT(h).named_parameters()}
     seen = []
-    monkeypatch.setattr(t, "quantize_rows", lambda w, bits, floor: (seen.append(w), (w, w))[1])
-    for name, bits, values, _ in t.quantize_weights(h, weights, 0.0, h.prune_frac):
+    monkeypatch.setattr(t, "quantize_rows", lambda w, clips, bits, floor: (seen.append(w), (w, w))[1])
+    for name, bits, values, _ in t.quantize_weights(t.prepare_weights(h, weights, h.prune_frac), 0.0):
         w = weights[name]
         if bits == 16:
             assert torch.equal(values, w.half()), "fp16 tensors are not pruned"
@@ -231,7 +236,7 @@ def named(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def write_artifact(path: Path, h: t.Hyperparameters, model: t.GPT, floor: float = 0.01, codec: str = "none") -> bytes:
-    blob = t.encode(h, t.quantize_weights(h, named(model), floor, h.prune_frac), floor, codec)
+    blob = t.encode(h, t.quantize_weights(t.prepare_weights(h, named(model), h.prune_frac), floor), floor, codec)
     path.write_bytes(blob)
     return blob
 
@@ -263,14 +268,14 @@ def test_decoding_returns_codes_times_scales_and_the_model_knobs_bit_by_bit(tiny
         found = [b for part, b in bits.items() if part in name and w.dim() == 2 and "gate" not in name]
         expected[name] = w.half().float()
         if found:
-            codes, scales = t.quantize_rows(w, found[0], 0.01)  # itself compared with the formula above
+            codes, scales = quantized(w, found[0], 0.01)  # itself compared with the formula above
             expected[name] = codes.float() * scales.float()
     assert sum(not torch.equal(w, weights[n].half().float()) for n, w in expected.items()) >= 20
-    blob = t.encode(h, t.quantize_weights(h, weights, 0.01, h.prune_frac), 0.01, codec)
+    blob = t.encode(h, t.quantize_weights(t.prepare_weights(h, weights, h.prune_frac), 0.01), 0.01, codec)
     knobs, decoded = t.decode(blob, "x")
     assert_equal_weights(decoded, expected)
     assert knobs == h.values(t.ModelKnob)
-    assert blob == t.encode(h, t.quantize_weights(h, weights, 0.01, h.prune_frac), 0.01, codec), (
+    assert blob == t.encode(h, t.quantize_weights(t.prepare_weights(h, weights, h.prune_frac), 0.01), 0.01, codec), (
         "the same file from the same weights"
     )
 
@@ -287,7 +292,10 @@ def test_export_writes_an_exact_checkpoint_and_the_file_that_it_reports(
     artifact = (tmp_path / "final_model.bin").read_bytes()
     assert figures["quant_floor"] == 0.5
     direct = t.decode(
-        t.encode(run.h, t.quantize_weights(run.h, named(run.model), 0.5, run.h.prune_frac), 0.5, "none"), "x"
+        t.encode(
+            run.h, t.quantize_weights(t.prepare_weights(run.h, named(run.model), run.h.prune_frac), 0.5), 0.5, "none"
+        ),
+        "x",
     )[1]
     assert_equal_weights(t.decode(artifact, "artifact")[1], direct)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.bin", "final_model.bin"]
@@ -339,7 +347,7 @@ def test_a_model_of_full_size_round_trips(monkeypatch: pytest.MonkeyPatch, tmp_p
     weights = {name: torch.randn(shape) * 0.05 for name, shape in shapes.items()}
     assert sum(w.numel() for w in weights.values()) == 26_993_756
     tensors, expected = [], {}
-    for name, bits, values, scales in t.quantize_weights(h, weights, 0.0, h.prune_frac):
+    for name, bits, values, scales in t.quantize_weights(t.prepare_weights(h, weights, h.prune_frac), 0.0):
         tensors.append((name, bits, values, scales))
         expected[name] = values.float() if scales is None else values.float() * scales.float()
     (tmp_path / "m.bin").write_bytes(t.encode(h, tensors, 0.0, "none"))
@@ -382,7 +390,7 @@ def small(tiny: Callable, tmp_path: Path) -> tuple[bytes, dict, bytes]:
 def test_a_file_cut_off_anywhere_is_refused(tiny: Callable, tmp_path: Path, codec: str) -> None:
     blob = write_artifact(tmp_path / "m.bin", *make_model(tiny, **SMALL), codec=codec)
     for length in range(len(blob)):
-        with pytest.raises(t.UserError, match="no artifact|truncated or damaged"):
+        with pytest.raises(t.UserError, match="not an artifact|truncated or damaged"):
             t.decode(blob[:length], "x")
     with pytest.raises(t.UserError, match="truncated or damaged"):
         t.decode(blob + b"\0", "x")
@@ -394,7 +402,7 @@ def test_a_flipped_bit_anywhere_is_refused(tiny: Callable, tmp_path: Path, codec
     for position in range(len(blob)):
         for bit in range(8) if position < 40 else (position % 8,):
             blob[position] ^= 1 << bit
-            with pytest.raises(t.UserError, match="no artifact|format version|truncated or damaged"):
+            with pytest.raises(t.UserError, match="not an artifact|format version|truncated or damaged"):
                 t.decode(bytes(blob), "x")
             blob[position] ^= 1 << bit
     assert t.decode(bytes(blob), "x")
@@ -403,10 +411,10 @@ def test_a_flipped_bit_anywhere_is_refused(tiny: Callable, tmp_path: Path, codec
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no artifact.*0 bytes"),
-        (b"PGLF", "no artifact.*4 bytes"),
-        (b"PK\x03\x04" + bytes(100), "no artifact"),  # what torch.save writes
-        (b"\x28\xb5\x2f\xfd" + bytes(100), "no artifact"),  # a bare zstd stream
+        (b"", "not an artifact.*0 bytes"),
+        (b"PGLF", "not an artifact.*4 bytes"),
+        (b"PK\x03\x04" + bytes(100), "not an artifact"),  # what torch.save writes
+        (b"\x28\xb5\x2f\xfd" + bytes(100), "not an artifact"),  # a bare zstd stream
         (seal(b"", version=1), "format version 1, this script reads 2"),
         (seal(b""), "malformed"),
         (seal(b"\0\0"), "malformed"),
@@ -614,7 +622,9 @@ def run_with_limit(make_run: Callable, tmp_path: Path, std: float, fraction: flo
     """Returns a run whose limit is the code and a fraction of what its weights take on the finest grid."""
     run = make_run(awake=False, size_limit=16_000_000, compressor="lzma", **settings)
     wake(run.model, std)
-    finest = t.encode(run.h, t.quantize_weights(run.h, named(run.model), 0.0, run.h.prune_frac), 0.0, "lzma")
+    finest = t.encode(
+        run.h, t.quantize_weights(t.prepare_weights(run.h, named(run.model), run.h.prune_frac), 0.0), 0.0, "lzma"
+    )
     run.h.size_limit, run.rt.run_dir = CODE_BYTES + int(fraction * len(finest)), tmp_path
     return run
 
@@ -637,7 +647,14 @@ def test_the_automatic_floor_fits_the_limit_and_is_no_coarser_than_needed(
     # 0.5% that a step of the search and the noise of a compressor on 30,000 bytes leave unused.
     finer = 0.75 * figures["quant_floor"]
     assert (
-        len(t.encode(run.h, t.quantize_weights(run.h, named(run.model), finer, run.h.prune_frac), finer, "lzma"))
+        len(
+            t.encode(
+                run.h,
+                t.quantize_weights(t.prepare_weights(run.h, named(run.model), run.h.prune_frac), finer),
+                finer,
+                "lzma",
+            )
+        )
         > budget
     )
     assert size > 0.98 * budget

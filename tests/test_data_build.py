@@ -139,7 +139,7 @@ def test_real_documents_come_back_and_the_metric_counts_their_bytes_for_every_vo
     if vocab == "bytes":
         assert set(left["train"] + left["val"]) <= set(texts)
     # The metric's count, by the trainer, document by document, against the UTF-8 length of the text.
-    h = t.settle_data(t.Hyperparameters(data_path=str(built.folder)))
+    h = t.apply_manifest(t.Hyperparameters(data_path=str(built.folder)))
     assert h.vocab_size == {"bytes": 260}.get(vocab) or h.vocab_size == int(vocab)
     luts = t.build_sentencepiece_luts(t.load_tokenizer(h.tokenizer_path, h.vocab_size), h.vocab_size)
     for split, expected in left.items():
@@ -511,7 +511,7 @@ def test_bad_files_are_named_and_the_others_are_read(make: Callable, tmp_path: P
         (["{}/a.dat"], "a.dat holds no documents by its name"),
         (["{}/a.jsonl", "--vocab", "100"], "--vocab 100 is not between 512 and 65,536"),
         (["{}/a.jsonl", "--vocab", "no.model"], "--vocab no.model is no number, not `bytes`, and no file"),
-        (["{}/a.jsonl", "--vocab", "{}/a.dat"], "a.dat is no SentencePiece model"),
+        (["{}/a.jsonl", "--vocab", "{}/a.dat"], "a.dat is not a SentencePiece model"),
         (["{}/a.jsonl", "--vocab", "60000"], "no tokenizer of 60,000 pieces"),
         (["{}/a.jsonl", "--name", "../x"], "--name ../x: use letters"),
         (["{}/a.jsonl", "--name", "my_val"], "--name my_val: .* no _train or _val as a word"),

@@ -289,7 +289,7 @@ def test_a_new_machine_gets_every_file_bit_for_bit_and_the_trainer_reads_them(hu
     assert process.returncode == 0, err
     assert_all_there(hub, root)
     assert hub.fetched() == sorted(ALL) and sum(r.sent for r in hub.requests) == sum(map(len, hub.files.values()))
-    h = t.settle_data(t.Hyperparameters(data_path=str(root / FOLDER)))  # which is all that a user has to say
+    h = t.apply_manifest(t.Hyperparameters(data_path=str(root / FOLDER)))  # which is all that a user has to say
     assert h.vocab_size == 1024 and Path(h.tokenizer_path).samefile(root / MODEL)
     assert [len(shard) for shard in t.load_shards(h, "train")] == [20000] * 4
     assert len(t.load_shards(h, "val")) == 1 and t.load_tokenizer(h.tokenizer_path, 1024).vocab_size() == 1024
@@ -328,7 +328,7 @@ def test_the_byte_level_variant_gets_a_model_that_says_what_its_json_says(
     hub.files |= {f"{folder}/fineweb_{split}_000000.bin": pack(text) for split in ("train", "val")}
     hub.files[path] = json.dumps({"tokenizer_type": "pure_byte", "config": config, "vocab_size": 260}).encode()
     assert run("--variant", "byte260", "--train-shards", "1").error == ""
-    val = t.load_validation_tokens(t.settle_data(t.Hyperparameters(data_path=str(root / folder), eval_seq_len=64)))
+    val = t.load_validation_tokens(t.apply_manifest(t.Hyperparameters(data_path=str(root / folder), eval_seq_len=64)))
     assert val.num_bytes == val.num_targets == (len(text) - 1) // 64 * 64
     assert "all was there already" in run("--variant", "byte260", "--train-shards", "1").out
     hub.files[path] = hub.files[path].replace(b'"byte_offset": 4', b'"byte_offset": 3')

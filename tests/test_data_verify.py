@@ -213,7 +213,7 @@ def change_file(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path],
         (lambda content: content[:1000], "has 1000 bytes, less than a shard's header"),
         (lambda content: content + b"\0\0", "declares"),
         (lambda content: b"", "has 0 bytes"),
-        (lambda content: b"\x89PNG" + content[4:], "is no token shard"),
+        (lambda content: b"\x89PNG" + content[4:], "is not a token shard"),
     ],
     ids=["truncated", "cut in its header", "oversized", "0 bytes", "foreign"],
 )
@@ -379,7 +379,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object], list[str], str]] = [
         "its val shards have .* split 7",
     ),
     ("no totals", manifest_says("splits", value=[]), ["manifest"], "its split None"),
-    ("no manifest of ours", manifest_says("files", value=3), ["manifest"], "is no manifest of this project"),
+    ("no manifest of ours", manifest_says("files", value=3), ["manifest"], "is not a manifest of this project"),
     ("a missing file", lambda f: (f / TRAIN).unlink(), ["manifest"], f"^{TRAIN} is missing"),
     (
         "a file more",
@@ -440,7 +440,7 @@ def test_a_file_that_is_no_tokenizer_fails_bytes(good: Path, look: Callable[...,
     (good / "manifest.json").unlink()
     (good / "tokenizer.model").write_bytes(b"no model")
     found = look(good, "--tokenizer", good / "tokenizer.model")
-    assert found.failed == ["bytes"] and "is no SentencePiece model" in found.words["bytes"]
+    assert found.failed == ["bytes"] and "is not a SentencePiece model" in found.words["bytes"]
 
 
 def test_what_could_not_be_measured_is_skipped_and_not_called_right(

@@ -32,11 +32,13 @@ OWN_SUFFIXES = (".py", ".env", ".sh", ".toml", "requirements.txt", "Makefile")
 
 
 # ------------------------------------------------------------------------------------------------------- commands
-def variables() -> set[str]:
-    """Returns the variables that something reads: settings, those of `make`, names in the code, other programs."""
+def variables(page: Path) -> set[str]:
+    """Returns the variables that something reads: settings, those of `make`, names in the code, other programs, and the
+    settings that the page's own examples declare."""
+    declared = {name.upper() for name in re.findall(r"(\w+) = (?:Model)?Knob\(", page.read_text())}
     in_code = {word for text in CODE.values() for word in re.findall(r"\b[A-Z][A-Z0-9_]+\b", text)}
     of_make = set(re.findall(r"\$\((\w+)\)|^(\w+) *[:?]?=", MAKEFILE, re.M))
-    return KNOBS | in_code | {*test_1_hyperparameters.FOREIGN} | {name for pair in of_make for name in pair}
+    return KNOBS | declared | in_code | {*test_1_hyperparameters.FOREIGN} | {name for pair in of_make for name in pair}
 
 
 def is_there(path: str, page: Path) -> bool:
@@ -63,7 +65,7 @@ def split(line: str) -> Iterator[list[str]]:
 def faults(line: str, page: Path = ROOT / "README.md") -> list[str]:
     """Returns what a line of shell names that is not there."""
     found = []
-    known = variables()
+    known = variables(page)
     for words in split(line):
         while words and words[0] in KEYWORDS:
             words = words[1:]

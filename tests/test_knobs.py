@@ -52,9 +52,10 @@ def each(stage: str, *groups: str) -> str:
     return " ".join(f"{stage}:{group}" for group in groups)
 
 
+CODE = t.CODE.read_bytes()
 CODES = each("codes", *STORED)
 MATRICES, TABLES, REST = each("update", "attn", "mlp", "proj"), each("update", "embed", "hash"), "update:rest"
-TTT = each("ttt", *STORED, "rest") + " adapted"
+TTT = each("ttt", *STORED, "rest") + " final"
 WINDOWS = f"text plain sliding {TTT} score_batches ttt_batches preflight banner"  # all that is cut into windows
 SHAPES = "initial function file"  # another model: other weights and logits, and the artifact's header says so
 
@@ -133,9 +134,10 @@ TURNS: dict[str, tuple] = {
     "quant_floor": ("0.05", "0.5", f"{CODES} size"),
     "prune_frac": (0.0, 0.3, f"{CODES} size"),
     "compressor": ("zstd", "lzma", "file"),
-    "size_limit": (t.CODE.stat().st_size + 5000, t.CODE.stat().st_size + 4000, f"{CODES} size", FITTED),
+    "size_of_code": ("packed", "raw", "code"),
+    "size_limit": (len(CODE) + 5000, len(CODE) + 4000, f"{CODES} size", FITTED),
     "eval_seq_len": (0, 64, WINDOWS),
-    "eval_stride": (8, 16, "sliding adapted score_batches preflight banner"),
+    "eval_stride": (8, 16, "sliding final score_batches preflight banner"),
     "eval_batch_seqs": (4, 8, "score_batches preflight"),
     "eval_ladder": (False, True, "passes"),
     "ttt_enabled": (True, False, f"{TTT} ttt_batches passes preflight banner report"),
@@ -148,10 +150,12 @@ TURNS: dict[str, tuple] = {
     "ttt_batch_seqs": (2, 1, f"{TTT} ttt_batches preflight"),
     "ttt_cosine": (True, False, TTT),
     "ttt_grad_clip": (1.0, 0.0, TTT),
-    "ttt_freeze_blocks": (0, 1, "ttt:attn ttt:mlp ttt:rest adapted", {"ttt_grad_clip": 0.0}),
-    "ttt_lr_groups": ("", "mlp.fc:2", "ttt:mlp adapted"),
+    "ttt_freeze_blocks": (0, 1, "ttt:attn ttt:mlp ttt:rest final", {"ttt_grad_clip": 0.0}),
+    "ttt_lr_groups": ("", "mlp.fc:2", "ttt:mlp final"),
 }
-FIXED = {"tie_embeddings": (False, "TIE_EMBEDDINGS=0 is not built")}  # knobs with one value, and how another is refused
+FIXED = {
+    "tie_embeddings": (False, "TIE_EMBEDDINGS=0 is not supported")
+}  # knobs with one value, and how another is refused
 
 
 # --------------------------------------------------------------------------------------------------- fixed inputs
@@ -188,7 +192,7 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 IDS = np.random.default_rng(0).integers(1, 40, 700)  # 1 is BOS: documents begin
 SHARDS = [IDS[:300].astype(np.uint16), IDS[300:].astype(np.uint16)]
-VAL = t.Validation(torch.from_numpy(IDS[:193].astype(np.int32)), 192, 384, "fixed")
+VAL = t.Validation(torch.from_numpy(IDS[:193].astype(np.int32)), torch.full((192,), 2, dtype=torch.int16), "fixed")
 SCORE = t.Score(val_loss=2.0, val_bpb=1.2, num_targets=200, num_bytes=151_060_000, seconds=1.0)
 
 
@@ -213,7 +217,7 @@ def make_run(h: t.Hyperparameters, calls: list | None = None, mean_loss: Callabl
     rt, model = t.Runtime(h), fixed_model()
     rt.run_dir, rt.lines, rt.events = Path(), [], []
     rt.log, rt.record = rt.lines.append, lambda event, **fields: rt.events.append((event, fields))
-    return t.Run(h, rt, model, mean_loss, exact_nll(model, [] if calls is None else calls), SHARDS, VAL)
+    return t.Run(h, rt, model, mean_loss, exact_nll(model, [] if calls is None else calls), SHARDS, VAL, CODE)
 
 
 def by_group(stage: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -251,7 +255,8 @@ def stage_main(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any
     fake("load_artifact", lambda path: (calls.append(Path(path).name), (h, None))[1])
     fake("evaluate", lambda run: (calls.append(run.train_shards), (SCORE, 1.0))[1])
     fake("reload", lambda run, path: (calls.append(path.name), {})[1])
-    for name in ("banner", "preflight", "train", "export", "report", "smoke"):
+    fake("calibrate", lambda run: ({}, {}))
+    for name in ("write_code", "banner", "preflight", "train", "export", "report", "smoke"):
         fake(name, lambda *args: {})
     patch.setitem(sys.modules, "audit", SimpleNamespace(Auditor=lambda script: calls.append(("audit", script))))
     patch.setattr(sys, "path", list(sys.path))
@@ -266,14 +271,15 @@ def stage_main(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any
 
 
 def stage_text(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """text: the scored tokens and their bytes, and the training shards, of files."""
+    """text: the scored tokens and their bytes, and the training shards, of files. code: the script as it is shipped."""
     model = fixed_model()
+    patch.setattr(t, "pack", lambda source: b"packed")
     patch.setattr(t, "GPT", lambda h: model)
     try:
         run = t.build_run(h, t.Runtime(h))
     except t.UserError as error:
-        return {"text": str(error)}
-    return {"text": (run.val, run.train_shards)}
+        return {"text": str(error), "code": t.shipped_code(h)}
+    return {"text": (run.val, run.train_shards), "code": run.code}
 
 
 def stage_batches(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -359,7 +365,7 @@ def stage_export(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, A
 
 def stage_scoring(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """plain, sliding: the nll of each target in windows that do not overlap, and that do. passes: what the evaluation
-    scores, by name. ttt: the weights that it adapts. adapted: the final nll. …_batches: the shapes of the calls."""
+    scores, by name. ttt: the weights that it adapts. final: the final nll. …_batches: the shapes of the calls."""
     calls, scores, result = [], [], t.Scorer.result
     patch.setattr(t.Scorer, "result", lambda self: (scores.append(self.nll[:-1]), result(self))[1])
     run = make_run(h, calls)
@@ -368,7 +374,7 @@ def stage_scoring(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, 
     score_batches = calls.copy()
     t.evaluate(run)
     passes = (len(scores), [fields["stage"] for _, fields in run.rt.events])
-    found = {"plain": scores[0], "sliding": scores[1], "adapted": scores[-1], "passes": passes}
+    found = {"plain": scores[0], "sliding": scores[1], "final": scores[-1], "passes": passes}
     batches = {"score_batches": score_batches, "ttt_batches": [call for call in calls if call[0]]}
     return {**found, **batches, **by_group("ttt", weights_of(run.model))}
 

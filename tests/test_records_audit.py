@@ -71,12 +71,19 @@ def test_a_legal_run_passes_every_proof_and_the_figures_are_those_of_its_text(
 # ---- each rule, broken ----
 
 
+def learn(run: t.Run, batches: list[t.Batch], method: t.TTT) -> None:
+    """Takes a step on each of the batches."""
+    for batch in batches:
+        method.adapt(batch, lr_scale=1.0)
+        method.optimizer.step()
+        run.model.zero_grad()
+
+
 def adapt_then_score(run: t.Run) -> t.Score:
     """What several rejected entries did: train on a chunk, then score it."""
-    scorer, adapter = t.Scorer(run, run.val, run.h.stride), t.Adapter(run)
+    scorer, adapter = t.Scorer(run, run.val, run.h.stride), t.TTT(run)
     for chunk in chunks_of(run, scorer):
-        for x, y, num_targets in adapter.batches(scorer.tokens, int(chunk[0, 1]), int(chunk[-1, 2])):
-            adapter.step(x, y, num_targets, 1.0)
+        learn(run, adapter.batches(scorer.tokens, int(chunk[0, 1]), int(chunk[-1, 2])), adapter)
         scorer.score(chunk)
     return scorer.result()
 
@@ -94,11 +101,10 @@ def score_twice(run: t.Run) -> t.Score:
 
 
 def train_on_the_last_chunk_too(run: t.Run) -> t.Score:
-    scorer, adapter = t.Scorer(run, run.val, run.h.stride), t.Adapter(run)
+    scorer, adapter = t.Scorer(run, run.val, run.h.stride), t.TTT(run)
     for chunk in chunks_of(run, scorer):
         scorer.score(chunk)
-        for x, y, num_targets in adapter.batches(scorer.tokens, int(chunk[0, 1]), int(chunk[-1, 2])):
-            adapter.step(x, y, num_targets, 1.0)
+        learn(run, adapter.batches(scorer.tokens, int(chunk[0, 1]), int(chunk[-1, 2])), adapter)
     return scorer.result()
 
 
@@ -119,10 +125,9 @@ def score_other_targets(run: t.Run) -> t.Score:
 
 def adapt_first_from_the_second_chunk_on(run: t.Run) -> t.Score:
     """Adapts before it scores, but not the first chunk, and by another way into the model than that of scores."""
-    scorer, adapter = t.Scorer(run, run.val, run.h.stride), t.Adapter(run._replace(token_nll=run.model.token_nll))
+    scorer, adapter = t.Scorer(run, run.val, run.h.stride), t.TTT(run._replace(token_nll=run.model.token_nll))
     for index, chunk in enumerate(chunks_of(run, scorer)):
-        for x, y, num_targets in adapter.batches(scorer.tokens, int(chunk[0, 1]), int(chunk[-1, 2])) * (index > 0):
-            adapter.step(x, y, num_targets, 1.0)
+        learn(run, adapter.batches(scorer.tokens, int(chunk[0, 1]), int(chunk[-1, 2])) * (index > 0), adapter)
         scorer.score(chunk)
     return scorer.result()
 
@@ -282,7 +287,7 @@ def test_a_real_run_is_watched_from_its_start_and_proven_at_its_end(
     paths = {name: value for name, value in result["settings"].items() if name.endswith("_path")}
     assert compliance["settings"] | paths == result["settings"] and len(paths) == 2
     files = compliance["proofs"]["files"]
-    assert files["phases_watched"] == ["setup", "preflight", "train", "export", "load", "score", "report"]
+    assert files["phases_watched"] == list(t.STAGES)
     assert files["shards_opened"].keys() == {"setup"} and len(files["shards_opened"]["setup"]) >= 2
     assert out.count("audit: ") == 1 + len(compliance["proofs"])
 
@@ -411,6 +416,6 @@ def test_a_finished_run_is_audited_on_its_artifact(
         assert (json.loads(place.read_text())["proofs"]["files"]["phases_watched"] == [watched]) is kept
     (tmp_path / "logs/a/final_model.bin").write_bytes(b"broken")
     done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=False)
-    assert done.returncode == 1 and "is no artifact" in done.stderr and "did not get to its end" in done.stderr
+    assert done.returncode == 1 and "is not an artifact" in done.stderr and "did not get to its end" in done.stderr
     done = subprocess.run([*command[:2], "logs/b"], cwd=tmp_path, text=True, capture_output=True, check=False)
     assert done.returncode == 1 and "logs/b is no finished run" in done.stderr

@@ -77,7 +77,7 @@ def write_run(
         score("raw", bpb + 0.0095)
         score("averaged", bpb + 0.0069)
         figures = {"steps": steps, "train_seconds": 0.65 * steps + 0.01, "export_seconds": 1.25}
-    for stage, above in (("quantized", 0.0076), ("sliding", 0.0018), ("adapted", 0.0)):
+    for stage, above in (("quantized", 0.0076), ("sliding", 0.0018), ("ttt", 0.0)):
         score(stage, bpb + above)
     events.append(final_event(settings, bpb, **figures))
     write_events(folder, events)
@@ -93,7 +93,7 @@ def write_artifact(folder: Path, codec: str = "zstd", **overrides: Any) -> tuple
     """Writes a real artifact of a tiny model into a run; returns its settings and weights."""
     h = t.Hyperparameters(**{**TINY, **overrides})
     weights = dict(t.GPT(h).named_parameters())
-    blob = t.encode(h, t.quantize_weights(h, weights, 0.0, 0.0), 0.0, codec)
+    blob = t.encode(h, t.quantize_weights(t.prepare_weights(h, weights), 0.0), 0.0, codec)
     (folder / "final_model.bin").write_bytes(blob)
     return h, weights
 
@@ -272,7 +272,7 @@ def test_the_bytes_are_those_of_the_artifact_by_its_own_bits(tmp_path: Path, cod
     parts = {(part.family, part.bits): part for part in report.read_runs([str(tmp_path / "a")])[0].parts}
     values, stored = Counter(), Counter()
     for name, w in weights.items():
-        key = (t.family_of(name).name, t.stored_bits(h, name))
+        key = (t.param_group_of(name).name, t.stored_bits(h, name))
         values[key] += w.numel()
         stored[key] += 2 * w.numel() if key[1] == 16 else w.numel() + 2 * len(w)
     assert ("mlp", 5) in values and ("embedding", 8) in values and ("embedding", 16) in values
@@ -281,9 +281,15 @@ def test_the_bytes_are_those_of_the_artifact_by_its_own_bits(tmp_path: Path, cod
     assert {key: part.stored for key, part in parts.items()} == stored
     length = t.PREFIX.unpack_from((tmp_path / "a" / "final_model.bin").read_bytes())[4]
     assert header.stored + sum(stored.values()) == length
-    codes, scales = zip(*(t.quantize_rows(w, 5, 0.0) for name, w in weights.items() if t.family_of(name).name == "mlp"))
+    codes, scales = zip(
+        *(
+            t.quantize_rows(w.detach(), t.row_clips(w.detach()), 5, 0.0)
+            for name, w in weights.items()
+            if t.param_group_of(name).name == "mlp"
+        )
+    )
     whole = b"".join(part.numpy().tobytes() for part in (*codes, *scales))
-    alone = t.need("zstandard", "").ZstdCompressor(level=report.ZSTD_LEVEL).compress(whole)
+    alone = t.require("zstandard", "").ZstdCompressor(level=report.ZSTD_LEVEL).compress(whole)
     assert parts["mlp", 5].alone == len(alone)
 
 
@@ -305,7 +311,7 @@ def test_the_page_tells_the_parts_of_the_artifact_and_its_real_size(tmp_path: Pa
     ("damage", "note"),
     [
         (None, "no final_model.bin here: no bytes by family"),
-        (lambda blob: b"PK" + blob[2:], "is no artifact of this script"),
+        (lambda blob: b"PK" + blob[2:], "is not an artifact of this script"),
         (lambda blob: blob[:20] + b"\x09" + blob[21:], "format version 9"),
         (lambda blob: blob[:-1], "is truncated or damaged"),
         (lambda blob: blob, "but the run reported 965,568"),
@@ -345,7 +351,7 @@ def test_the_seconds_are_those_that_the_run_clocked(tmp_path: Path, make: Callab
     write_events(tmp_path / "a", [*events[:-1], events[-1] | figures])
     assert report.read_runs([str(tmp_path / "a")])[0].seconds() == clocked | {"preflight": 5.5, "load": 0.5}
     assert set(figures.values()) <= make(tmp_path / "a").values
-    write_events(tmp_path / "a", [event for event in events[:-1] if event.get("stage") != "adapted"])
+    write_events(tmp_path / "a", [event for event in events[:-1] if event.get("stage") != "ttt"])
     unfinished = {"train": 19.5, "validation": 4.5, "other scores": 3.0}  # up to the last line of the training
     assert report.read_runs([str(tmp_path / "a")])[0].seconds() == unfinished
 

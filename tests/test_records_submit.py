@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 from conftest import AUDITED, ROOT, shell
 
+import train_gpt as t
+
 sys.path.insert(0, str(ROOT / "records"))
 submit = pytest.importorskip(
     "submit", reason="the tools' packages are missing: pip install -r records/requirements.txt"
@@ -26,6 +28,7 @@ submit = pytest.importorskip(
 import check  # noqa: E402
 
 SOURCE = (ROOT / "train_gpt.py").read_bytes()
+PACKED = t.pack(SOURCE)
 H100 = "device:cuda (NVIDIA H100 80GB HBM3) processes:8 dtype:bfloat16 compile:1 attention:fa3 (found) torch:2.13.0"
 
 
@@ -34,7 +37,7 @@ def make(audited: Path, tmp_path: Path) -> Callable[..., Path]:
     """Makes a run like the real one, of another seed and score; `change` edits its result and its compliance. On
     `h100` its figures are those of a run on the challenge's hardware and text."""
 
-    def run(seed: int, change: Callable | None = None, h100: bool = False, script: bytes = SOURCE) -> Path:
+    def run(seed: int, change: Callable | None = None, h100: bool = False, script: bytes = PACKED) -> Path:
         folder = tmp_path / f"logs/s{seed}"
         shutil.copytree(audited, folder)
         result, compliance = (json.loads((folder / f"{n}.json").read_text()) for n in ("submission", "compliance"))
@@ -100,35 +103,36 @@ def load(path: Path) -> ModuleType:
 
 
 def test_a_packed_script_holds_its_source_byte_for_byte_and_parses_on_every_python(tmp_path: Path) -> None:
-    packed = submit.pack(SOURCE)
-    assert submit.unpack(packed) == SOURCE and len(packed) < 0.4 * len(SOURCE)
-    assert submit.unpack(SOURCE) is None
-    for text in (packed, SOURCE):
+    assert t.unpack(PACKED) == SOURCE and len(PACKED) < 0.4 * len(SOURCE)
+    assert t.unpack(SOURCE) is None
+    for text in (PACKED, SOURCE):
         ast.parse(text, feature_version=(3, 10))
         assert check.newer_fstring(text.decode()) == 0
     for version in ("3.10", "3.11", "3.12", "3.13"):
         interpreter = shutil.which(f"python{version}")
         if interpreter and subprocess.run([interpreter, "-c", ""], capture_output=True, check=False).returncode == 0:
-            (tmp_path / "packed.py").write_bytes(packed)
+            (tmp_path / "packed.py").write_bytes(PACKED)
             command = "import ast, sys; ast.parse(open(sys.argv[1]).read()); ast.parse(open(sys.argv[2]).read())"
             files = [str(tmp_path / "packed.py"), str(ROOT / "train_gpt.py")]
             subprocess.run([interpreter, "-c", command, *files], check=True)
 
 
 def test_a_packed_script_loads_as_the_readable_one_does_and_counts_its_own_bytes(tmp_path: Path) -> None:
-    (tmp_path / "train_gpt.py").write_bytes(submit.pack(SOURCE))
+    (tmp_path / "train_gpt.py").write_bytes(PACKED)
     packed, readable = load(tmp_path / "train_gpt.py"), load(ROOT / "train_gpt.py")
     assert packed.CODE == tmp_path / "train_gpt.py"
-    assert {n for n in vars(packed) if n[0] != "_"} == {n for n in vars(readable) if n[0] != "_"} | {"base64"}
+    assert {n for n in vars(packed) if n[0] != "_"} == {n for n in vars(readable) if n[0] != "_"} | {
+        "linecache",
+        "source",
+    }
     assert packed.Hyperparameters().values() == readable.Hyperparameters().values()
 
 
 def test_a_damaged_packed_script_is_refused() -> None:
-    packed = submit.pack(SOURCE)
-    middle = len(packed) // 2
-    with pytest.raises(submit.Refusal, match="damaged"):
-        submit.unpack(packed[:middle] + b"0000" + packed[middle + 4 :])
-    assert submit.unpack(packed + b"print('more')\n") is None  # not one of ours: it would do more than it holds
+    middle = len(PACKED) // 2
+    with pytest.raises(t.UserError, match="damaged"):
+        t.unpack(PACKED[:middle] + b"0000" + PACKED[middle + 4 :])
+    assert t.unpack(PACKED + b"print('more')\n") is None  # not one of ours: it would do more than it holds
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -149,6 +153,37 @@ def test_the_packaged_script_runs_inside_its_folder_and_elsewhere_with_the_same_
     scores = [[event["val_bpb"] for event in part if event["event"] in ("eval", "final")] for part in events]
     assert losses[0] == losses[1] and scores[0] == scores[1] and len(scores[0]) >= 5
     assert events[1][-1]["bytes_code"] == (folder / "train_gpt.py").stat().st_size
+
+
+def test_a_packed_script_keeps_its_source_for_decorators_that_ask_for_it(tmp_path: Path) -> None:
+    """As @triton.jit does, which reads and compiles the source of the function below it."""
+    script = b"""
+import inspect
+
+def jit(function):
+    return inspect.getsourcelines(function)
+
+@jit
+def kernel(x):
+    return x + 1
+
+if __name__ == "__main__":
+    print(repr(kernel))
+"""
+    (tmp_path / "train_gpt.py").write_bytes(t.pack(script))
+    command = [sys.executable, "train_gpt.py"]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines, first = ast.literal_eval(done.stdout)
+    assert "".join(lines) == "@jit\ndef kernel(x):\n    return x + 1\n" and first == 7
+    loaded = load(tmp_path / "train_gpt.py")  # as a module, as the audit of a run loads it
+    assert loaded.kernel == (lines, first)
+
+
+def test_a_run_of_the_readable_script_ships_that_file_alone(make: Callable, tmp_path: Path) -> None:
+    folder = package(tmp_path, make(1, script=SOURCE))
+    assert (folder / "train_gpt.py").read_bytes() == SOURCE and not (folder / "train_gpt_readable.py").exists()
+    assert json.loads((folder / "submission.json").read_text())["bytes_code"] == len(SOURCE)
 
 
 # ---- folders ----
@@ -176,7 +211,7 @@ def test_three_seeds_become_a_complete_folder_whose_figures_are_those_of_the_run
     assert content["bytes_code"] == code and content["bytes_total"] == max(totals)
     assert [content["seed_results"][str(seed)]["artifact_bytes"] for seed in (1, 2, 3)] == totals
     assert all(content["compliance"].values()) and content["hardware"] == "8xH100 80GB SXM"
-    assert submit.unpack((folder / "train_gpt.py").read_bytes()) == SOURCE
+    assert (folder / "train_gpt.py").read_bytes() == PACKED
     assert (folder / "train_gpt_readable.py").read_bytes() == SOURCE
     text = (folder / "README.md").read_text()
     assert f"**val_bpb: {content['val_bpb']:.6f}**" in text and "not a record" not in text and "What is new." in text
@@ -274,7 +309,7 @@ def test_what_breaks_a_rule_or_does_not_fit_together_is_refused_with_the_reason(
 
 
 def test_runs_of_two_scripts_or_a_seed_twice_are_refused(make: Callable, tmp_path: Path) -> None:
-    other = make(2, script=SOURCE + b"# another\n")
+    other = make(2, script=t.pack(SOURCE + b"# another\n"))
     assert "is of another script" in refused(tmp_path, make(1), other)
     shutil.copytree(tmp_path / "logs/s1", tmp_path / "logs/again")
     assert "the seed 1 is there twice" in refused(tmp_path, tmp_path / "logs/s1", tmp_path / "logs/again")

@@ -54,12 +54,12 @@ def test_every_parameter_of_every_model_is_in_exactly_one_family(tiny: Settings)
     for settings in combinations():
         num_models += 1
         for name, parameter in build(tiny(**settings)).named_parameters():
-            family = t.family_of(name)  # asserts that there is exactly one
+            family = t.param_group_of(name)  # asserts that there is exactly one
             assert family.name == expected_family("x." + name if name.count(".") == 0 else name), (name, settings)
             # Muon is for matrices; what is neither matrix nor table must not decay, or gains would fall towards 0.
             assert parameter.ndim == 2 or (family.optimizer, family.weight_decay) == ("adamw", 0.0), name
             seen.add(family.name)
-    assert num_models == 2**3 * (2 + 4) and seen == {family.name for family in t.FAMILIES}
+    assert num_models == 2**3 * (2 + 4) and seen == {family.name for family in t.PARAM_GROUPS}
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_every_parameter_of_every_model_is_in_exactly_one_family(tiny: Settings)
     ],
 )
 def test_a_parameter_without_a_family_is_refused(name: str) -> None:
-    with pytest.raises(AssertionError, match="is in the families"):
-        t.family_of(name)
+    with pytest.raises(AssertionError, match="is in the groups"):
+        t.param_group_of(name)
 
 
 def test_the_optimizer_holds_every_parameter_once_with_its_familys_settings(tiny: Settings) -> None:
@@ -84,7 +84,7 @@ def test_the_optimizer_holds_every_parameter_once_with_its_familys_settings(tiny
     h = tiny(gated_attention=True, value_residual=True, **rates)
     model = t.GPT(h)
     optimizer = t.Optimizer(h, t.Runtime(h), model)
-    held = [(p, "muon", stack.lr, stack.weight_decay) for stack in optimizer.stacks for p in stack.parameters]
+    held = [(p, "muon", stack.lr, stack.weight_decay) for stack in optimizer.muon_groups for p in stack.parameters]
     for group in optimizer.adamw.param_groups:
         held += [(p, "adamw", group["lr"], group["weight_decay"]) for p in group["params"]]
     expected = {
@@ -144,7 +144,7 @@ def test_stored_bits_are_the_familys_except_where_a_pattern_keeps_fp16(
 
 
 def test_stored_bits_by_default_are_those_of_the_published_systems(tiny: Settings) -> None:
-    by_family = {t.family_of(name).name: t.stored_bits(tiny(), name) for name in STORED}
+    by_family = {t.param_group_of(name).name: t.stored_bits(tiny(), name) for name in STORED}
     published = {"attention": 6, "mlp": 6, "projection": 16, "embedding": 8, "hash_table": 8, "control": 16}
     assert by_family == published  # PRs 518, 977 and 1092
 
@@ -172,7 +172,7 @@ def started(tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> Callable[..., t.
     ],
 )
 def test_a_pattern_that_matches_no_parameter_is_refused(started: Callable, settings: dict, part: str) -> None:
-    with pytest.raises(t.UserError, match=f"^{part}, of FP16_KEEP_NAME_PATTERNS or TTT_LR_GROUPS, is in no parameter"):
+    with pytest.raises(t.UserError, match=f"^{part}, in FP16_KEEP_NAME_PATTERNS or TTT_LR_GROUPS, is in no parameter"):
         started(**settings)
 
 
@@ -190,7 +190,7 @@ def test_weights_gradients_and_optimizer_states_of_a_run_are_fp32(started: Calla
     run.mean_loss(ids[:, :-1], ids[:, 1:]).backward()
     dtypes |= {p.dtype for p in run.model.parameters()} | {p.grad.dtype for p in run.model.parameters()}
     optimizer.step(1.0, 0.9)
-    dtypes |= {stack.momentum.dtype for stack in optimizer.stacks} | {x.dtype for x in reduced}
+    dtypes |= {stack.momentum.dtype for stack in optimizer.muon_groups} | {x.dtype for x in reduced}
     dtypes |= {x.dtype for state in optimizer.adamw.state.values() for x in state.values()}
     assert dtypes == {torch.float32} and len(reduced) > 3
     trainer = t.Trainer(started(swa_enabled=True))
