@@ -46,18 +46,21 @@ import torch
 from torch import Tensor
 
 SHARD = re.compile(r"_(train|val)_[^/]*\.bin$")  # as the script's own globs
-# Phases are those of the script's own STAGES; what happens before the first is "start".
-FORBIDDEN_SHARDS = {
-    "preflight": {"train", "val"},
-    "train": {"val"},
-    "calibrate": {"val"},
-    "export": {"train", "val"},
-    "score": {"train", "val"},
+# Phases are those of the script's own STAGES, "start" before the first and "audit" after the last. What is not allowed
+# here is forbidden, so a stage that is new to this file may open no shard and must not look at the validation text.
+ALLOWED_SHARDS = {
+    "start": {"train", "val"},
+    "setup": {"train", "val"},
+    "train": {"train"},
+    "calibrate": {"train"},
+    "report": {"train", "val"},
+    "audit": {"train", "val"},
 }
+WITH_TEXT = ("setup", "score", "report")  # phases that may look at the validation text
+STAGES = ("setup", "preflight", "train", "calibrate", "export", "load", "score", "report")  # that a script must declare
 NETWORK = ("socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "urllib.Request")
 PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty")
 SUM_TOLERANCE = 1e-4  # of the sum of probabilities: fp32 over up to 65,536 pieces stays below a tenth of it
-WITHOUT_TEXT = ("train", "calibrate", "export")  # phases that must not look at the validation text
 USED = ("Scorer", "UserError", "eval_val", "final_score", "find_path", "load_artifact", "write_atomically")
 MAX_SEQUENCES = 4096  # that the sums of probabilities cost: 4 places at 1,024 pieces, but one place at least
 
@@ -86,7 +89,7 @@ class Watch:
         name = os.path.join(*Path(path).parts[-2:])
         if shard := SHARD.search(path):
             self.files[self.phase].add(name)
-            if shard[1] in FORBIDDEN_SHARDS.get(self.phase, ()):
+            if shard[1] not in ALLOWED_SHARDS.get(self.phase, ()):
                 self.violations.append(("files", f"{name} was opened in the phase {self.phase}"))
         elif self.phase == "score" and not path.endswith((".py", ".pyc", ".so")) and not path.startswith(self.own):
             self.violations.append(("files", f"{name} was opened while scoring, which needs no file"))
@@ -177,18 +180,15 @@ class Auditor:
     def require_names(self, script: ModuleType) -> None:
         """Raise UserError unless the script has what is watched and used here, under the names that it declares."""
         missing = [name for name in ("STAGES", *USED) if not hasattr(script, name)]
-        stages = getattr(script, "STAGES", {})
-        for phase in ("setup", *FORBIDDEN_SHARDS, "report"):
-            if phase not in stages:
-                missing.append(f"the stage {phase}")
-        for phase, function in stages.items():
-            if not hasattr(script, function.__name__):
-                missing.append(f"{function.__name__}, which STAGES has as the stage {phase}")
+        if hasattr(script, "STAGES"):
+            missing += [f"the stage {phase}" for phase in STAGES if phase not in script.STAGES]
+            for phase, function in script.STAGES.items():
+                if not hasattr(script, function.__name__):
+                    missing.append(f"{function.__name__}, which STAGES has as the stage {phase}")
         if missing:
             error = getattr(script, "UserError", ValueError)
-            raise error(
-                f"{script.__name__} cannot be audited, it lacks {'; '.join(missing)}: see STAGES in train_gpt.py"
-            )
+            what = f"{script.__file__} cannot be audited, it lacks {', '.join(missing)}"
+            raise error(f"{what}: declare it, or use the records/audit.py that belongs to that script")
 
     def staged(self, phase: str, function: Callable) -> Callable:
         """Return a stage of `main` that also tells the watch of its beginning; the proofs follow the report."""
@@ -196,7 +196,7 @@ class Auditor:
         def stage(run: Any, *rest: Any) -> Any:
             self.watch.phase = phase
             self.watch.phases.append(phase)
-            if phase in WITHOUT_TEXT:
+            if phase not in WITH_TEXT:
                 self.text = run.val
                 run = run._replace(val=WatchedText(run.val, self.watch))
             if phase == "score":
@@ -291,15 +291,17 @@ class Auditor:
         return run._replace(h=h, val=text.head(num_targets))
 
     def note_skipped_stages(self, h: Any) -> None:
-        """Note the stages that this run should have begun and did not: what they did was not watched as theirs."""
-        not_begun = {"train", "calibrate"} if not h.trains else set()
+        """Note the stages that this run should have begun in their order and did not: what they did was not watched as
+        theirs. A stage that is new to this file may be left out."""
+        optional = {phase for phase in self.script.STAGES if phase not in STAGES}
+        if not h.trains:
+            optional |= {"train", "calibrate"}
         if h.eval_only:
-            not_begun.add("export")
-        expected = [phase for phase in self.script.STAGES if phase not in not_begun]
-        if self.watch.phases != expected:
-            text = (
-                f"the stages {self.watch.phases} were begun, not {expected}: main must call each of STAGES by its name"
-            )
+            optional.add("export")
+        begun = self.watch.phases
+        expected = [phase for phase in self.script.STAGES if phase not in optional or phase in begun]
+        if begun != expected:
+            text = f"the stages {begun} were begun, not {expected}: main must call each of STAGES by its name"
             self.watch.violations.append(("files", text))
 
     def watched(self, rt: Any) -> dict[str, dict[str, Any]]:

@@ -56,6 +56,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in list(os.environ):
         if name.lower() in t.Hyperparameters.knobs():
             monkeypatch.delenv(name)
+    monkeypatch.setattr(t, "CALIBRATIONS", ())  # of a run, not of a test
     torch.set_num_threads(1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -89,11 +90,16 @@ def make_run(tiny: Callable[..., t.Hyperparameters]) -> Callable[..., t.Run]:
         model = t.GPT(h)
         if awake:
             wake(model)
-        val = t.Validation(tokens, torch.full((num_targets,), 2, dtype=torch.int16), "random")
+        val = t.Validation(tokens, torch.full((num_targets,), 2, dtype=torch.int16), 2 * num_targets, "random")
         shard = torch.randint(h.vocab_size, (5000,), dtype=torch.int32).numpy().astype("uint16")
         return t.Run(h, rt, model, rt.compile(model.forward), rt.compile(model.token_nll), [shard], val, CODE)
 
     return make
+
+
+def prepare(h: t.Hyperparameters, weights: dict[str, torch.Tensor], prune_frac: float = 0.0) -> list[t.Prepared]:
+    """Weights as the export prepares them, of a run of which nothing else is needed."""
+    return t.prepare_weights(t.Run(h, None, None, None, None, [], None, b""), weights, prune_frac)
 
 
 @torch.no_grad()

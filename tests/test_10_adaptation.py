@@ -359,8 +359,8 @@ def adapt_cases() -> list[tuple[torch.Tensor, float, dict]]:
         torch.manual_seed(1)
         tokens, model = torch.randint(h.vocab_size, (204,), dtype=torch.int32), t.GPT(h)
         wake(model)
-        val = t.Validation(tokens, torch.full((203,), 2, dtype=torch.int16), "")
-        run = t.Run(h, rt, model, model.forward, model.token_nll, [], val)
+        val = t.Validation(tokens, torch.full((203,), 2, dtype=torch.int16), 406, "")
+        run = t.Run(h, rt, model, model.forward, model.token_nll, [], val, b"")
         kept, result = [], t.Scorer.result
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(t.Scorer, "result", lambda self: (kept.append(self.nll[:-1]), result(self))[1])  # noqa: B023

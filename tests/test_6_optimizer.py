@@ -297,7 +297,7 @@ def test_the_number_of_collectives_does_not_grow_with_the_layers(tiny: Settings)
         ids = torch.randint(96, (2, 9))
         model(ids[:, :-1], ids[:, 1:]).backward()
         t.Optimizer(h, rt, model).step(1.0, 0.9)
-        ttt = t.TTT(t.Run(h, rt, model, model.forward, model.token_nll, [], None))
+        ttt = t.TTT(t.Run(h, rt, model, model.forward, model.token_nll, [], None, b""))
         ttt.adapt(t.Batch(ids[:, :-1], ids[:, 1:], num_targets=16), lr_scale=1.0)
         counts.append(calls)
     # Shapes: (32, 32) of c_q and proj, (16, 32) of c_k and c_v, (32, 96) of the MLP. One all-reduce is of replicated

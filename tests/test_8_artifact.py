@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from conftest import wake
+from conftest import prepare, wake
 
 import train_gpt as t
 
@@ -159,7 +159,7 @@ def test_pruning_zeroes_exactly_the_smallest_part_of_each_quantized_matrix(
     weights = {n: torch.randn(p.shape) for n, p in t.GPT(h).named_parameters()}
     seen = []
     monkeypatch.setattr(t, "quantize_rows", lambda w, clips, bits, floor: (seen.append(w), (w, w))[1])
-    for name, bits, values, _ in t.quantize_weights(t.prepare_weights(h, weights, h.prune_frac), 0.0):
+    for name, bits, values, _ in t.quantize_weights(prepare(h, weights, h.prune_frac), 0.0):
         w = weights[name]
         if bits == 16:
             assert torch.equal(values, w.half()), "fp16 tensors are not pruned"
@@ -236,7 +236,7 @@ def named(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def write_artifact(path: Path, h: t.Hyperparameters, model: t.GPT, floor: float = 0.01, codec: str = "none") -> bytes:
-    blob = t.encode(h, t.quantize_weights(t.prepare_weights(h, named(model), h.prune_frac), floor), floor, codec)
+    blob = t.encode(h, t.quantize_weights(prepare(h, named(model), h.prune_frac), floor), floor, codec)
     path.write_bytes(blob)
     return blob
 
@@ -271,11 +271,11 @@ def test_decoding_returns_codes_times_scales_and_the_model_knobs_bit_by_bit(tiny
             codes, scales = quantized(w, found[0], 0.01)  # itself compared with the formula above
             expected[name] = codes.float() * scales.float()
     assert sum(not torch.equal(w, weights[n].half().float()) for n, w in expected.items()) >= 20
-    blob = t.encode(h, t.quantize_weights(t.prepare_weights(h, weights, h.prune_frac), 0.01), 0.01, codec)
+    blob = t.encode(h, t.quantize_weights(prepare(h, weights, h.prune_frac), 0.01), 0.01, codec)
     knobs, decoded = t.decode(blob, "x")
     assert_equal_weights(decoded, expected)
     assert knobs == h.values(t.ModelKnob)
-    assert blob == t.encode(h, t.quantize_weights(t.prepare_weights(h, weights, h.prune_frac), 0.01), 0.01, codec), (
+    assert blob == t.encode(h, t.quantize_weights(prepare(h, weights, h.prune_frac), 0.01), 0.01, codec), (
         "the same file from the same weights"
     )
 
@@ -292,9 +292,7 @@ def test_export_writes_an_exact_checkpoint_and_the_file_that_it_reports(
     artifact = (tmp_path / "final_model.bin").read_bytes()
     assert figures["quant_floor"] == 0.5
     direct = t.decode(
-        t.encode(
-            run.h, t.quantize_weights(t.prepare_weights(run.h, named(run.model), run.h.prune_frac), 0.5), 0.5, "none"
-        ),
+        t.encode(run.h, t.quantize_weights(prepare(run.h, named(run.model), run.h.prune_frac), 0.5), 0.5, "none"),
         "x",
     )[1]
     assert_equal_weights(t.decode(artifact, "artifact")[1], direct)
@@ -347,7 +345,7 @@ def test_a_model_of_full_size_round_trips(monkeypatch: pytest.MonkeyPatch, tmp_p
     weights = {name: torch.randn(shape) * 0.05 for name, shape in shapes.items()}
     assert sum(w.numel() for w in weights.values()) == 26_993_756
     tensors, expected = [], {}
-    for name, bits, values, scales in t.quantize_weights(t.prepare_weights(h, weights, h.prune_frac), 0.0):
+    for name, bits, values, scales in t.quantize_weights(prepare(h, weights, h.prune_frac), 0.0):
         tensors.append((name, bits, values, scales))
         expected[name] = values.float() if scales is None else values.float() * scales.float()
     (tmp_path / "m.bin").write_bytes(t.encode(h, tensors, 0.0, "none"))
@@ -622,9 +620,7 @@ def run_with_limit(make_run: Callable, tmp_path: Path, std: float, fraction: flo
     """Returns a run whose limit is the code and a fraction of what its weights take on the finest grid."""
     run = make_run(awake=False, size_limit=16_000_000, compressor="lzma", **settings)
     wake(run.model, std)
-    finest = t.encode(
-        run.h, t.quantize_weights(t.prepare_weights(run.h, named(run.model), run.h.prune_frac), 0.0), 0.0, "lzma"
-    )
+    finest = t.encode(run.h, t.quantize_weights(prepare(run.h, named(run.model), run.h.prune_frac), 0.0), 0.0, "lzma")
     run.h.size_limit, run.rt.run_dir = CODE_BYTES + int(fraction * len(finest)), tmp_path
     return run
 
@@ -650,7 +646,7 @@ def test_the_automatic_floor_fits_the_limit_and_is_no_coarser_than_needed(
         len(
             t.encode(
                 run.h,
-                t.quantize_weights(t.prepare_weights(run.h, named(run.model), run.h.prune_frac), finer),
+                t.quantize_weights(prepare(run.h, named(run.model), run.h.prune_frac), finer),
                 finer,
                 "lzma",
             )

@@ -131,7 +131,7 @@ def test_bits_per_byte_are_nats_over_ln_2_and_bytes(make_run: Callable) -> None:
     run = make_run(101)
     target_bytes = torch.arange(101, dtype=torch.int16) % 5 + 1
     target_bytes[-1] += 333 - target_bytes.sum()
-    run = run._replace(val=run.val._replace(target_bytes=target_bytes))
+    run = run._replace(val=run.val._replace(target_bytes=target_bytes, num_bytes=333))
     for score, stride in ((t.eval_val_sliding(run), 8), (t.eval_val(run), 32), (t.eval_val(run, 16), 16)):
         nats = score_nll(run, stride).double().sum().item()
         # The same sum in the same order, in float64: only the last bits of the divisions can differ.

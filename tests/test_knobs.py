@@ -192,7 +192,7 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 IDS = np.random.default_rng(0).integers(1, 40, 700)  # 1 is BOS: documents begin
 SHARDS = [IDS[:300].astype(np.uint16), IDS[300:].astype(np.uint16)]
-VAL = t.Validation(torch.from_numpy(IDS[:193].astype(np.int32)), torch.full((192,), 2, dtype=torch.int16), "fixed")
+VAL = t.Validation(torch.from_numpy(IDS[:193].astype(np.int32)), torch.full((192,), 2, dtype=torch.int16), 384, "fixed")
 SCORE = t.Score(val_loss=2.0, val_bpb=1.2, num_targets=200, num_bytes=151_060_000, seconds=1.0)
 
 
@@ -250,7 +250,7 @@ def stage_main(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any
     def fake(name: str, result: Callable) -> None:
         patch.setattr(t, name, lambda *args: (calls.append(name), result(*args))[1])
 
-    run = t.Run(h, None, None, None, None, ["shards"], None)
+    run = t.Run(h, None, None, None, None, ["shards"], None, b"")
     fake("build_run", lambda h, rt, decoded: (runs.append(rt), run._replace(h=h, rt=rt))[1])
     fake("load_artifact", lambda path: (calls.append(Path(path).name), (h, None))[1])
     fake("evaluate", lambda run: (calls.append(run.train_shards), (SCORE, 1.0))[1])

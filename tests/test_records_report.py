@@ -20,7 +20,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, prepare
 
 import train_gpt as t
 
@@ -93,7 +93,7 @@ def write_artifact(folder: Path, codec: str = "zstd", **overrides: Any) -> tuple
     """Writes a real artifact of a tiny model into a run; returns its settings and weights."""
     h = t.Hyperparameters(**{**TINY, **overrides})
     weights = dict(t.GPT(h).named_parameters())
-    blob = t.encode(h, t.quantize_weights(t.prepare_weights(h, weights), 0.0), 0.0, codec)
+    blob = t.encode(h, t.quantize_weights(prepare(h, weights), 0.0), 0.0, codec)
     (folder / "final_model.bin").write_bytes(blob)
     return h, weights
 
