@@ -40,12 +40,13 @@ verify-data: .venv/run ## look at every shard of a folder: make verify-data DATA
 	$(BIN)/python data/verify.py $(DATA)
 
 train: setup ## train one of the systems in records/env/ on all GPUs here: make train CONFIG=pr1092, or CONFIG="pr1092 toy"
-	@test -n "$(CONFIG)" && ls $(CONFIG:%=records/env/%.env) > /dev/null 2>&1 || { echo "make train needs CONFIG, of: $$(cd records/env && ls *.env | sed 's/.env//' | xargs)"; exit 2; }
-	given=$$(export -p); set -a; for name in $(CONFIG); do source records/env/$$name.env || exit; done; \
+	@test -n "$(CONFIG)" && ls $(CONFIG:%=records/env/%.env) > /dev/null 2>&1 || { echo "CONFIG=$(CONFIG): make train needs CONFIG, of: $$(cd records/env && ls *.env | sed 's/.env//' | xargs)"; exit 2; }
+	@given=$$(export -p); set -a; for name in $(CONFIG); do source records/env/$$name.env || exit; done; \
 	set +a; theirs=$$(env | sort); eval "$$given"; \
 	comm -13 <(echo "$$theirs") <(env | sort) | grep -v '^_=' | sed 's/^/set by you, so the file does not count: /'; \
 	n=$$($(BIN)/python -c 'import torch; print(max(1, torch.cuda.device_count()))') && \
-	$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$$n train_gpt.py
+	if [ $$n = 1 ]; then $(BIN)/python train_gpt.py; \
+	else $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$$n train_gpt.py; fi
 
 fidelity: setup ## compare the four systems with the published scripts at a small size: half an hour on 2 cores
 	$(BIN)/python records/fidelity.py
