@@ -212,7 +212,7 @@ def test_the_preflight_meets_a_calibration_that_would_fail(make_run: Callable, m
     prepare_weights = t.prepare_weights
 
     def measure(run: t.Run) -> int:
-        seen.append((count_tokens(run), run.val.note))
+        seen.append((count_tokens(run), run.val.num_targets))
         return 7
 
     def spy(run: t.Run, *arguments: object) -> list[t.Prepared]:
@@ -221,8 +221,8 @@ def test_the_preflight_meets_a_calibration_that_would_fail(make_run: Callable, m
 
     monkeypatch.setattr(t, "prepare_weights", spy)
     monkeypatch.setattr(t, "CALIBRATIONS", (t.Calibration("tokens", 1.0, measure),))
-    t.preflight(make_run(max_val_tokens=1))
-    assert seen == [(2 * 256 + 1, "random")] and prepared == [{"tokens": 7}]  # neither the run's shards nor its text
+    t.preflight(make_run())
+    assert seen == [(2 * 256 + 1, 32)] and prepared == [{"tokens": 7}]  # neither the run's shards nor its text
     monkeypatch.setattr(t, "CALIBRATIONS", (t.Calibration("broken", 1.0, lambda run: 1 / 0),))
     with pytest.raises(ZeroDivisionError):
         t.preflight(make_run())
