@@ -81,7 +81,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 test: .venv/test ## run all tests: no network, no GPU
 	$(PYTEST)
 
-test-fast: .venv/test ## run the tests of train_gpt.py's sections, without the slow ones: less than a minute
+test-fast: .venv/test ## run the tests of train_gpt.py's sections, without the slow ones: under a minute on two quiet cores
 	$(PYTEST) -m "not slow" tests/test_[0-9]*.py
 
 lint: .venv/test ## check style and types

@@ -13,8 +13,8 @@ what the model is given and what is scored, not at what the script says of itsel
     once_only             what reached the model, found again in the text by its content: every target was scored once,
                           never trained on before, and its score is what the model answered
     last_chunk            nothing was trained on in the last chunk; another last chunk leaves the same weights
-    files                 which files were opened in which phase: no shard of either split while scoring, no validation
-                          text while training or quantizing, from disk or from memory
+    files                 which files were opened in which phase: no validation text before scoring, from disk or from
+                          memory; training shards while training and calibrating only; nothing in an unknown stage
     network               no socket and no other program while scoring
 
 What they do not see: chunks after the third, code that a library runs in C, and what a model was given on purpose that

@@ -6,10 +6,9 @@
 Everything in the folder comes from the runs: README.md, submission.json, train_seed<N>.log, compliance_seed<N>.json,
 requirements.txt, the script as it is counted (train_gpt.py) and, where that is packed, its source
 (train_gpt_readable.py). Only runs of one script with one configuration and passed audits are taken, and each that is
-named is counted. On other
-hardware, data or times than the challenge's, they become a folder of the non-record track that says so. What breaks a
-rule of both tracks is refused: an artifact over the limit, a failed or missing audit, training before scoring. The
-folder appears whole or not at all, and only if records/check.py rejects nothing in it."""
+named is counted. On other hardware, data or times than the challenge's, they become a folder of the non-record track
+that says so. What breaks a rule of both tracks is refused: an artifact over the limit, a failed or missing audit,
+training before scoring. The folder appears whole or not at all, and only if records/check.py rejects nothing in it."""
 
 from __future__ import annotations
 
