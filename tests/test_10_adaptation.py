@@ -46,6 +46,18 @@ def numbered(run: t.Run) -> t.Run:
 
 
 # ------------------------------------------------------------------------------------------------------- causality
+@pytest.mark.parametrize("settings", [{}, {"ttt_optimizer": "adamw", "ttt_lr": 1e-2}])
+def test_adapting_learns_what_repeats_itself(make_run: Callable, settings: dict) -> None:
+    """Seven tokens in turn: what a chunk teaches holds in the next, so the later text costs far less."""
+    scores = []
+    for ttt_enabled in (False, True):
+        run = make_run(1200, awake=False, ttt_enabled=ttt_enabled, ttt_epochs=8, **settings)
+        run = with_tokens(run, torch.arange(1201, dtype=torch.int32) % 7 + 20)
+        scores.append(t.final_score(run).val_loss)
+    assert abs(scores[0] - math.log(96)) < 0.1, "an untrained model guesses uniformly"
+    assert scores[1] < 0.8 * scores[0]
+
+
 @pytest.mark.parametrize("settings", [{}, {"ttt_optimizer": "adamw", "ttt_lr": 1e-3, "ttt_chunk_tokens": 50}])
 def test_future_tokens_do_not_change_past_scores_with_adaptation_on(make_run: Callable, settings: dict) -> None:
     run = make_run(200, **settings)  # chunks end near 64 (or 50), 128 (100), 192 (150); windows advance by 8
