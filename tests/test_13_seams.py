@@ -39,10 +39,10 @@ class Activation(t.MLP):
         super().__init__(h)
         self.activation = h.seam_function
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         x = self.fc(x)
         x = F.gelu(x) if self.activation == "gelu" else F.leaky_relu(x, self.slope)
-        return self.proj(x.square())
+        return self.proj(x.square(), scale)
 
 
 @pytest.fixture
