@@ -405,8 +405,8 @@ class Runtime:
         self.dtype = torch.bfloat16 if use_bfloat16 else torch.float32
         self.sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
         self.compiled = cuda if h.compile == "auto" else h.compile == "1"
-        # Inductor reads this when it is imported. On (torch 2.10 to 2.13), it fuses row and column sums into kernels that
-        # took 6 ms a step more (pytorch#179494, torch 2.11) and gave wrong gradients (pytorch#190796, torch 2.10).
+        # Inductor reads this when it is imported. On, the default since torch 2.10, it fuses row and column sums into
+        # kernels that cost 6 ms a step (pytorch#179494) and gave wrong gradients in torch 2.10 (pytorch#190796).
         os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
         self.attend, self.attention_note = pick_attention(h.attn_backend, use_bfloat16)
         self.lag = int(cuda)  # steps that the host may be ahead of the device
@@ -455,24 +455,39 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
-    def reduce_scatter(self, stack: Tensor) -> Tensor:
-        """Return this rank's part of the sum of `stack`, whose first dimension is a multiple of the world size."""
-        if self.world_size == 1:
-            return stack
-        part = stack.new_empty((len(stack) // self.world_size, *stack.shape[1:]))
-        # torch is renaming reduce_scatter_tensor to reduce_scatter_single.
-        collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        collective(part, stack)
-        return part
+    def reduce_scatter(self, stack: Tensor) -> Callable[[], Tensor]:
+        """Start to sum `stack`, whose first dimension is a multiple of the world size. Return a function that waits for
+        this rank's part of the sum, and returns it.
 
-    def all_gather(self, part: Tensor) -> Tensor:
-        """Return the parts of all ranks as one tensor, in the order of the ranks."""
+        Values travel in `self.dtype` and are added in the type of `stack`, in the order of the ranks: against a sum of
+        fp32 values, bfloat16 rounds each rank's contribution once, and moves half the bytes.
+        """
         if self.world_size == 1:
-            return part
+            return lambda: stack
+        sent = stack.to(self.dtype)
+        received = torch.empty_like(sent)
+        work = dist.all_to_all_single(received, sent, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return received.unflatten(0, (self.world_size, -1)).sum(0, dtype=stack.dtype)
+
+        return wait
+
+    def all_gather(self, part: Tensor) -> Callable[[], Tensor]:
+        """Start to collect the parts of all ranks. Return a function that waits for them, and returns them as one
+        tensor, in the order of the ranks."""
+        if self.world_size == 1:
+            return lambda: part
         stack = part.new_empty((len(part) * self.world_size, *part.shape[1:]))
-        collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        collective(stack, part.contiguous())
-        return stack
+        collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch is renaming it
+        work = collective(stack, part.contiguous(), async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return stack
+
+        return wait
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Return rank 0's `tensor` on every rank, in place."""
@@ -1276,38 +1291,41 @@ def stored_bits(h: Hyperparameters, name: str) -> int:
 
 # =================================================== 6  OPTIMIZER =====================================================
 def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Return wide matrices (n, rows, cols) with the singular vectors of the given ones and singular values near 1.
+    """Return wide matrices (n, rows, cols), in `dtype`, with the singular vectors of the given ones and singular values
+    near 1.
 
     The quintic iteration of Muon (Jordan et al. 2024): small singular values grow fast, all end in about [0.7, 1.2].
     """
     x = (matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(steps):
         gram = x @ x.mT  # (n, rows, rows)
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
-    return x.to(matrices.dtype)
-
-
-def is_tall(matrix: Tensor) -> bool:
-    """Return whether a matrix has more rows than columns; Muon transposes those to be wide."""
-    return matrix.size(0) > matrix.size(1)
+        x = 3.4445 * x + (2.0315 * (gram @ gram) - 4.7750 * gram) @ x
+    return x
 
 
 class MuonGroup(NamedTuple):
     """Muon's matrices of one shape, tall ones transposed to be wide. An MLP's fc and proj share a group: 22 matrices,
     which 8 ranks pad to 24 (9%); two groups of 11 would be padded to 32 (45%)."""
 
-    parameters: list[nn.Parameter]
-    momentum: Tensor  # this rank's equal part, (ceil(n / world size), rows, cols)
+    wide: list[nn.Parameter]  # (rows, cols)
+    tall: list[nn.Parameter]  # (cols, rows)
+    momentum: Tensor  # this rank's equal part of all n, (ceil(n / world size), rows, cols)
     lr: float
-    lr_factors: Tensor  # per-matrix multipliers of the learning rate, (n, 1, 1)
     weight_decay: float
+
+    @property
+    def tall_lr(self) -> float:
+        """Muon's learning rate of the tall ones: larger by the root of the aspect ratio."""
+        rows, cols = self.momentum.shape[1:]
+        return self.lr * (cols / rows) ** 0.5
 
 
 class Optimizer:
     """Parallel Muon on the matrices, AdamW on everything else.
 
-    Each Muon group is reduce-scattered, orthogonalized in parts, and gathered. Gradients are averaged over the
-    processes first and clipped by their joint norm then: clipping before would scale each rank differently.
+    Each Muon group is reduce-scattered, orthogonalized in parts, and gathered, the largest first; while one travels,
+    the next is computed. Gradients are averaged over the processes first and clipped by their joint norm then: clipping
+    before would scale each rank differently.
     """
 
     def __init__(self, h: Hyperparameters, rt: Runtime, model: nn.Module):
@@ -1327,6 +1345,7 @@ class Optimizer:
             else:
                 others[lr, weight_decay].append(parameter)
         self.muon_groups = [self._muon_group(*key, parameters) for key, parameters in matrices.items()]
+        self.muon_groups.sort(key=lambda group: group.momentum.numel(), reverse=True)
         adamw_groups = []
         for (lr, weight_decay), parameters in others.items():
             adamw_groups.append({"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": weight_decay})
@@ -1339,22 +1358,25 @@ class Optimizer:
     ) -> MuonGroup:
         part_size = math.ceil(len(parameters) / self.rt.world_size)
         momentum = torch.zeros(part_size, rows, cols, device=self.rt.device)
-        factors = [max(1.0, p.size(0) / p.size(1)) ** 0.5 for p in parameters]
-        lr_factors = torch.tensor(factors, device=self.rt.device).view(-1, 1, 1)
-        return MuonGroup(parameters, momentum, lr, lr_factors, weight_decay)
+        wide = [p for p in parameters if p.size(0) == rows]
+        tall = [p for p in parameters if p.size(0) != rows]
+        return MuonGroup(wide, tall, momentum, lr, weight_decay)
 
     def reduce(self) -> tuple[list[Tensor], Tensor]:
         """Average the gradients over the processes. Return this rank's part of each Muon group, and the joint norm."""
         world_size = self.rt.world_size
-        parts = []
+        in_transit = []
         for group in self.muon_groups:
-            gradients = torch.stack([p.grad.mT if is_tall(p) else p.grad for p in group.parameters])  # (n, rows, cols)
-            num_missing = len(group.momentum) * world_size - len(group.parameters)
-            padded = F.pad(gradients, (0, 0, 0, 0, 0, num_missing))
-            parts.append(self.rt.reduce_scatter(padded).div_(world_size))
+            gradients = [p.grad for p in group.wide] + [p.grad.mT for p in group.tall]  # (rows, cols) each
+            num_missing = len(group.momentum) * world_size - len(gradients)
+            if num_missing:
+                gradients += [torch.zeros_like(gradients[0])] * num_missing
+            in_transit.append(self.rt.reduce_scatter(torch.stack(gradients)))
         sum_gradients(self.rt, self.replicated, factor=1 / world_size)
-        squares = self.rt.all_reduce(sum(part.square().sum() for part in parts))
-        squares = squares + sum(p.grad.square().sum() for p in self.replicated)
+        parts = [wait() for wait in in_transit]
+        torch._foreach_div_(parts, world_size)
+        squares = self.rt.all_reduce(sum_of_squares(parts))
+        squares = squares + sum_of_squares([p.grad for p in self.replicated])
         return parts, squares.sqrt()
 
     @torch.no_grad()
@@ -1364,24 +1386,39 @@ class Optimizer:
         clip = norm.new_ones(())
         if self.h.grad_clip_norm:
             clip = (self.h.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        for group, gradient in zip(self.muon_groups, parts):
-            self._muon_step(group, gradient.mul_(clip), group.lr * lr_scale, momentum)
+        torch._foreach_mul_(parts, clip)
+        self._muon_step(parts, lr_scale, momentum)
         torch._foreach_mul_([p.grad for p in self.replicated], clip)
         set_learning_rates(self.adamw, lr_scale)
         self.adamw.step()
         self.model.zero_grad(set_to_none=True)
         return norm
 
-    def _muon_step(self, group: MuonGroup, gradient: Tensor, lr: float, momentum: float) -> None:
-        """Update one group's parameters with this rank's part of the reduced gradient, which is overwritten."""
-        group.momentum.mul_(momentum).add_(gradient)
-        nesterov = gradient.add_(group.momentum, alpha=momentum)
-        update = self.orthogonalize(nesterov, self.h.muon_backend_steps, self.rt.dtype)
-        update = self.rt.all_gather(update)[: len(group.parameters)]  # without the padding
-        update_wide = update * (-lr * group.lr_factors)
-        updates = [u.mT if is_tall(p) else u for p, u in zip(group.parameters, update_wide)]
-        torch._foreach_mul_(group.parameters, 1 - lr * group.weight_decay)
-        torch._foreach_add_(group.parameters, updates)
+    def _muon_step(self, gradients: list[Tensor], lr_scale: float, momentum: float) -> None:
+        """Update Muon's parameters with this rank's parts of the clipped gradients, which are overwritten."""
+        momenta = [group.momentum for group in self.muon_groups]
+        torch._foreach_mul_(momenta, momentum)
+        torch._foreach_add_(momenta, gradients)
+        torch._foreach_add_(gradients, momenta, alpha=momentum)  # Nesterov
+        in_transit = []
+        for nesterov in gradients:
+            update = self.orthogonalize(nesterov, self.h.muon_backend_steps, self.rt.dtype)
+            in_transit.append(self.rt.all_gather(update))
+        for group, wait in zip(self.muon_groups, in_transit):
+            updates = wait().float()
+            num_wide = len(group.wide)
+            tall = updates[num_wide : num_wide + len(group.tall)].mT.contiguous()
+            torch._foreach_mul_(group.wide + group.tall, 1 - lr_scale * group.lr * group.weight_decay)
+            # Lists of one layout each: otherwise these would be loops over the parameters.
+            if group.wide:
+                torch._foreach_add_(group.wide, list(updates[:num_wide]), alpha=-lr_scale * group.lr)
+            if group.tall:
+                torch._foreach_add_(group.tall, list(tall), alpha=-lr_scale * group.tall_lr)
+
+
+def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    """Return the sum of the squares of all values, in a few launches for any number of tensors."""
+    return torch.stack(torch._foreach_norm(tensors)).square().sum()
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, lr_scale: float) -> None:
@@ -1523,14 +1560,27 @@ class Trainer:
         """Train on the micro-batches and return the mean loss over them and the processes, on the device."""
         rt = self.run.rt
         total = torch.zeros((), device=rt.device)
+        sums = []
         for x, y in batch:
             loss = self.run.mean_loss(x, y) / len(batch)
             loss.backward()
             total += loss.detach()
+            sums = self._add_gradients(sums)
+        for parameter, gradient in zip(self.parameters, sums):
+            parameter.grad = gradient
         self.optimizer.step(lr_scale, muon_momentum(self.run.h, self.num_steps))
         self.num_steps += 1
         self.update_averages(self.num_steps, lr_scale)
         return rt.all_reduce(total / rt.world_size)
+
+    def _add_gradients(self, sums: list[Tensor]) -> list[Tensor]:
+        """Take the gradients from the parameters and return their sums with earlier ones: a few launches, where
+        backward into gradients that are there adds each by itself."""
+        gradients = [p.grad for p in self.parameters]
+        self.run.model.zero_grad(set_to_none=True)
+        if sums:
+            torch._foreach_add_(sums, gradients)
+        return sums or gradients
 
     @torch.no_grad()
     def update_averages(self, step: int, lr_scale: float) -> None:

@@ -47,8 +47,9 @@ def runtime(tiny: Callable[..., t.Hyperparameters], monkeypatch: pytest.MonkeyPa
 
 def test_with_one_process_a_collective_returns_its_argument(runtime: Callable) -> None:
     rt, tensor = runtime(), torch.arange(6.0).view(3, 2)
-    for collective in (rt.all_reduce, rt.reduce_scatter, rt.all_gather):
-        assert collective(tensor) is tensor
+    assert rt.all_reduce(tensor) is tensor
+    for collective in (rt.reduce_scatter, rt.all_gather):
+        assert collective(tensor)() is tensor
     assert tensor.tolist() == [[0, 1], [2, 3], [4, 5]]
     # Times and byte counts pass through it: a float32 would turn 0.1 and 2^53 - 1 into other numbers.
     assert rt.broadcast_from_rank0(0.1) == 0.1 and rt.broadcast_from_rank0(2**53 - 1) == 2**53 - 1
@@ -181,14 +182,19 @@ RANK_SCRIPT = """
     result = {
         "in_place": reduced is total,
         "all_reduce": reduced.tolist(),
-        "reduce_scatter": rt.reduce_scatter(stack).tolist(),
-        "all_gather": rt.all_gather(wide).tolist(),
-        "all_gather_transposed": rt.all_gather(wide.T).tolist(),  # not contiguous
+        "reduce_scatter": rt.reduce_scatter(stack)().tolist(),
+        "all_gather": rt.all_gather(wide)().tolist(),
+        "all_gather_transposed": rt.all_gather(wide.T)().tolist(),  # not contiguous
         "int64": rt.all_reduce(torch.tensor([2**40 + rank])).tolist(),
         "broadcast_from_rank0": rt.broadcast_from_rank0(0.1 + rank),
         "seed": torch.initial_seed(),
         "threads": torch.get_num_threads(),
     }
+    rt.dtype = torch.bfloat16  # as on a GPU
+    torch.manual_seed(rank)
+    values = torch.randn(4, 1000)
+    part, gathered = rt.reduce_scatter(values)(), rt.all_gather(values.bfloat16())()
+    result["bfloat16"] = [values.tolist(), part.tolist(), gathered.float().tolist(), str(part.dtype)]
     if rank:
         real = time.time
         time.time = lambda: real() + 3600  # a clock that is wrong, as on another machine
@@ -254,6 +260,22 @@ def test_collectives_of_two_processes_sum_scatter_gather_and_agree(two_ranks: Si
         assert result["seed"] == t.Hyperparameters.seed
         # torchrun sets OMP_NUM_THREADS=1; the processes of a machine share its cores instead.
         assert result["threads"] == max(1, os.cpu_count() // 2)
+
+
+def test_in_bfloat16_a_contribution_is_rounded_once_and_the_sum_is_fp32(two_ranks: SimpleNamespace) -> None:
+    values = [torch.tensor(result["bfloat16"][0]) for result in two_ranks.results]
+    rounded = [x.bfloat16().float() for x in values]
+    for rank, result in enumerate(two_ranks.results):
+        _, part, gathered, dtype = result["bfloat16"]
+        own = slice(2 * rank, 2 * rank + 2)
+        assert dtype == "torch.float32"
+        assert torch.equal(torch.tensor(part), (rounded[0] + rounded[1])[own])  # to the last bit
+        assert torch.equal(torch.tensor(gathered), torch.cat(rounded))
+        exact = (values[0].double() + values[1].double())[own]
+        error = torch.tensor(part).double() - exact
+        # A rounding to 8 bits is off by at most 2^-8 of each value, so what changes is rounding and nothing else.
+        assert (error.abs() <= 2**-8 * (values[0].abs() + values[1].abs())[own] + 1e-6).all()
+        assert error.abs().max() > 0
 
 
 def test_no_thread_of_the_process_group_outlives_it(two_ranks: SimpleNamespace) -> None:

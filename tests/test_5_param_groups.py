@@ -84,7 +84,9 @@ def test_the_optimizer_holds_every_parameter_once_with_its_familys_settings(tiny
     h = tiny(gated_attention=True, value_residual=True, **rates)
     model = t.GPT(h)
     optimizer = t.Optimizer(h, t.Runtime(h), model)
-    held = [(p, "muon", stack.lr, stack.weight_decay) for stack in optimizer.muon_groups for p in stack.parameters]
+    held = []
+    for stack in optimizer.muon_groups:
+        held += [(p, "muon", stack.lr, stack.weight_decay) for p in stack.wide + stack.tall]
     for group in optimizer.adamw.param_groups:
         held += [(p, "adamw", group["lr"], group["weight_decay"]) for p in group["params"]]
     expected = {
@@ -182,8 +184,8 @@ def test_weights_gradients_and_optimizer_states_of_a_run_are_fp32(started: Calla
     reduced, dtypes = [], set()
     run.rt.world_size = 2
     run.rt.all_reduce = lambda x: reduced.append(x) or x
-    run.rt.reduce_scatter = lambda x: reduced.append(x) or x[: len(x) // 2].clone()
-    run.rt.all_gather = lambda x: torch.cat((x, x))
+    run.rt.reduce_scatter = lambda x: reduced.append(x) or (lambda: x[: len(x) // 2].clone())
+    run.rt.all_gather = lambda x: lambda: torch.cat((x, x))
     run.model.compute_dtype = torch.bfloat16  # as on a GPU
     optimizer = t.Optimizer(run.h, run.rt, run.model)
     ids = torch.randint(96, (2, 33))

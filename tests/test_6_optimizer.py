@@ -71,7 +71,7 @@ def test_newton_schulz_brings_singular_values_near_one(
 ) -> None:
     left, values, right = random_matrices(shape, 0.02)
     out = t.newton_schulz(torch.from_numpy(left * values[:, None] @ right).float(), 5, dtype)
-    assert out.dtype == torch.float32 and out.shape == (3, *shape)
+    assert out.dtype == dtype and out.shape == (3, *shape)  # so that it travels in that type
     found = np.linalg.svd(out.double().numpy(), compute_uv=False)
     # Five quintics map [0.01, 1] into [0.68, 1.21]; here the smallest is 0.02 over a norm of less than 2. Rounding of
     # fp32 grows by at most 3.4445^5 = 485: 3e-5. In bfloat16 every product of the last iterations rounds by 2^-8, which
@@ -79,8 +79,6 @@ def test_newton_schulz_brings_singular_values_near_one(
     fine = quintic(np.linspace(0.01, 1.0, 10_000), 5)
     assert 0.68 < fine.min() and fine.max() < 1.21
     assert 0.68 - slack < found.min() and found.max() < 1.21 + slack
-    if dtype == torch.bfloat16:  # and it was really computed in that type: results have its 8 bits
-        assert torch.equal(out, out.bfloat16().float())
 
 
 def test_newton_schulz_leaves_its_input_alone() -> None:
@@ -291,8 +289,8 @@ def test_the_number_of_collectives_does_not_grow_with_the_layers(tiny: Settings)
         rt = t.Runtime(h)
         rt.world_size = 2  # what a second process would add does not matter here
         rt.all_reduce = lambda x, calls=calls: calls.update(["all_reduce"]) or x
-        rt.reduce_scatter = lambda x, calls=calls: calls.update(["reduce_scatter"]) or x[: len(x) // 2].clone()
-        rt.all_gather = lambda x, calls=calls: calls.update(["all_gather"]) or torch.cat((x, x))
+        rt.reduce_scatter = lambda x, calls=calls: calls.update(["scatter"]) or (lambda: x[: len(x) // 2].clone())
+        rt.all_gather = lambda x, calls=calls: calls.update(["gather"]) or (lambda: torch.cat((x, x)))
         model = t.GPT(h)
         ids = torch.randint(96, (2, 9))
         model(ids[:, :-1], ids[:, 1:]).backward()
@@ -302,7 +300,7 @@ def test_the_number_of_collectives_does_not_grow_with_the_layers(tiny: Settings)
         counts.append(calls)
     # Shapes: (32, 32) of c_q and proj, (16, 32) of c_k and c_v, (32, 96) of the MLP. One all-reduce is of replicated
     # gradients, one of the norm, and one of a test-time step.
-    assert counts[0] == counts[1] == {"all_reduce": 3, "reduce_scatter": 3, "all_gather": 3}
+    assert counts[0] == counts[1] == {"all_reduce": 3, "scatter": 3, "gather": 3}
 
 
 @pytest.mark.parametrize(("layers", "stacks"), [(11, {22: 3, 1: 2}), (10, {20: 3, 1: 2})])
@@ -313,10 +311,10 @@ def test_on_eight_processes_hardly_any_work_is_padding(layers: int, stacks: dict
         model = t.GPT(h)
     rt = SimpleNamespace(world_size=8, device=torch.device("meta"), compile=lambda function: function)
     optimizer = t.Optimizer(h, rt, model)
-    assert Counter(len(stack.parameters) for stack in optimizer.muon_groups) == stacks
+    assert Counter(len(stack.wide + stack.tall) for stack in optimizer.muon_groups) == stacks
     for stack in optimizer.muon_groups:
         matrices = 8 * len(stack.momentum)
-        assert matrices == 24 or stack.momentum.numel() * len(stack.parameters) <= 512 * 128  # a tiny projection
+        assert matrices == 24 or stack.momentum.numel() * len(stack.wide + stack.tall) <= 512 * 128  # a tiny projection
         assert (
             stack.momentum.dtype == torch.float32
         )  # published banks had bfloat16, which at 0.99 rounds by 0.2% a step
