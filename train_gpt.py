@@ -25,8 +25,10 @@ import collections
 import concurrent.futures
 import copy
 import difflib
+import functools
 import hashlib
 import importlib
+import inspect
 import json
 import lzma
 import math
@@ -39,7 +41,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +49,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CODE = Path(__file__).resolve()  # this script
 # The challenge's limits.
@@ -169,7 +172,12 @@ class Hyperparameters:
     seed = Knob(1337, (0, 2**31 - 1), "seeds the initial weights, the training order and the preflight's tokens")
     device = Knob("auto", ("auto", "cuda", "mps", "cpu"), "auto: the first of these that is available")
     compile = Knob("auto", ("auto", "0", "1"), "torch.compile; auto: on CUDA only")
-    attn_backend = Knob("auto", ("auto", "fa3", "fa2", "sdpa"), "auto: the first of these that can be used")
+    attn_backend = Knob(
+        "auto",
+        ("auto", "fa3", "fa2", "cudnn", "flash", "efficient", "sdpa"),
+        "auto: the fastest that is right, on a GPU with bfloat16; sdpa: what torch chooses, as elsewhere",
+    )
+    mlp_kernel = Knob("auto", ("auto", "fused", "plain"), "auto: the fastest that is right; fused: own Triton kernels")
     max_val_tokens = Knob(0, (0, BIG), "score only so many targets; 0: all, which a record needs")
     eval_only = Knob("", None, "artifact to score, without training")
     export_only = Knob("", None, "checkpoint to quantize, export and score, without training")
@@ -408,7 +416,11 @@ class Runtime:
         # Inductor reads this when it is imported. On, the default since torch 2.10, it fuses row and column sums into
         # kernels that cost 6 ms a step (pytorch#179494) and gave wrong gradients in torch 2.10 (pytorch#190796).
         os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
-        self.attend, self.attention_note = pick_attention(h.attn_backend, use_bfloat16)
+        for name in ("attn_backend", "mlp_kernel"):
+            value = getattr(h, name)
+            if not use_bfloat16 and value not in ("auto", "sdpa", "plain"):
+                knob = name.upper()
+                raise UserError(f"{knob}={value} needs an NVIDIA GPU with bfloat16 (Ampere or newer): set {knob}=auto")
         self.lag = int(cuda)  # steps that the host may be ahead of the device
         self.pending = None  # the number that lagged_item returns next
         self.files = []  # train.log and metrics.jsonl, on rank 0
@@ -520,6 +532,18 @@ class Runtime:
             torch.mps.synchronize()
         return time.perf_counter()
 
+    def milliseconds(self, function: Callable[[], Any]) -> float:
+        """Return the duration of a call: the least of three means over ten calls, after three to warm up."""
+        for _ in range(3):
+            function()
+        durations = []
+        for _ in range(3):
+            start = self.now()
+            for _ in range(10):
+                function()
+            durations.append(self.now() - start)
+        return 1000 * min(durations) / 10
+
     def lagged_item(self, number: Tensor) -> float:
         """Non-blocking `.item()`: on CUDA, return the previous call's number (nan at first), so the host never waits
         for the step that it has just launched, and is never more than one step ahead."""
@@ -541,7 +565,7 @@ class Runtime:
         dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"device:{self.device.type} ({name}) processes:{self.world_size} "
-            f"dtype:{dtype} compile:{int(self.compiled)} attention:{self.attention_note} "
+            f"dtype:{dtype} compile:{int(self.compiled)} "
             f"torch:{torch.__version__} python:{platform.python_version()} threads:{torch.get_num_threads()}"
         )
 
@@ -872,50 +896,69 @@ def load_validation_tokens(h: Hyperparameters) -> Validation:
 
 # ==================================================== 4  MODEL ========================================================
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return causal attention (B, t, H, d) of queries that end where the keys and values (B, T, K, d) end."""
+    """Return causal attention (B, t, H, d) of queries that end where the keys and values (B, T, K, d) end, by the
+    kernel that torch chooses."""
+    t, length = q.size(1), k.size(1)
+    mask = None
+    if t < length:
+        k, v = repeat_heads(k, q), repeat_heads(v, q)  # masked kernels do not support grouped heads
+        mask = torch.ones(t, length, dtype=torch.bool, device=q.device).tril(length - t)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, positions, d)
-    t, length = q.size(2), k.size(2)
-    if t == length:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return y.transpose(1, 2)
-    group_size = q.size(1) // k.size(1)  # masked kernels do not support grouped heads
-    k = k.repeat_interleave(group_size, dim=1)
-    v = v.repeat_interleave(group_size, dim=1)
-    mask = torch.ones(t, length, dtype=torch.bool, device=q.device).tril(length - t)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=mask is None)
+    return y.transpose(1, 2)
 
 
-def _flash_attention(module: ModuleType) -> Callable:
-    """Return a FlashAttention package's kernel, called like `sdpa`."""
+def repeat_heads(x: Tensor, q: Tensor) -> Tensor:
+    """Return keys or values x (B, T, K, d) once for each query head of q: (B, T, H, d)."""
+    return x.repeat_interleave(q.size(2) // x.size(2), dim=2)
 
-    def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+
+def torch_attention(backend: SDPBackend) -> Callable:
+    """Return `sdpa` by one of torch's kernels. A tail of queries needs a mask, which the flash kernel does not support;
+    there it is the efficient kernel."""
+    efficient = SDPBackend.EFFICIENT_ATTENTION
+    masked_backend = efficient if backend == SDPBackend.FLASH_ATTENTION else backend
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return causal attention, as `sdpa` does."""
-        y = module.flash_attn_func(q, k, v, causal=True)  # aligns the ends of queries and keys
+        if backend == efficient:  # it does not support grouped heads
+            k, v = repeat_heads(k, q), repeat_heads(v, q)
+        is_whole = q.size(1) == k.size(1)
+        with sdpa_kernel(backend if is_whole else masked_backend):
+            return sdpa(q, k, v)
+
+    return attend
+
+
+def flash_attention(package: str) -> Callable:
+    """Return the kernel of a FlashAttention package, called like `sdpa`. Raise what its import raises."""
+    flash_attn_func = importlib.import_module(package).flash_attn_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return causal attention, as `sdpa` does."""
+        y = flash_attn_func(q, k, v, causal=True)  # aligns the ends of queries and keys
         return y[0] if isinstance(y, tuple) else y  # some releases return the log-sum-exp as well
 
-    return flash
+    return attend
 
 
-def pick_attention(wanted: str, flash_usable: bool) -> tuple[Callable, str]:
-    """Return an attention function like `sdpa`, and a note: its name, and why those before it were passed over.
+# ATTN_BACKEND -> a function that loads the kernel. `fastest_kernel` tries them; the order does not matter.
+ATTENTION_KERNELS = {
+    "fa3": lambda: flash_attention("flash_attn_interface"),
+    "fa2": lambda: flash_attention("flash_attn"),
+    "cudnn": lambda: torch_attention(SDPBackend.CUDNN_ATTENTION),
+    "flash": lambda: torch_attention(SDPBackend.FLASH_ATTENTION),
+    "efficient": lambda: torch_attention(SDPBackend.EFFICIENT_ATTENTION),
+}
 
-    On H100s whole steps took 83 ms with FlashAttention 3, 94 to 101 ms with torch's kernel (PRs 549, 1092, 518).
-    """
-    notes = []
-    if not flash_usable:
-        notes.append("FlashAttention needs a GPU with bfloat16")
-    for name, package in (("fa3", "flash_attn_interface"), ("fa2", "flash_attn")):
-        if not flash_usable or wanted not in ("auto", name):
-            continue
-        try:
-            module = importlib.import_module(package)
-        except ImportError as error:
-            notes.append(f"no {name}: {error}")
-            continue
-        return _flash_attention(module), f"{name} ({'; '.join(notes) or 'found'})"
-    if wanted in ("fa3", "fa2"):
-        raise UserError(f"ATTN_BACKEND={wanted} cannot be used ({notes[0]}): install it or set ATTN_BACKEND=auto")
-    return sdpa, f"sdpa ({'; '.join(notes) or 'as set'})"
+
+def attention_definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return causal attention from its formula, which the kernels are checked against: (B, T, H, d) as `sdpa`."""
+    q, k, v = (x.transpose(1, 2) for x in (q, repeat_heads(k, q), repeat_heads(v, q)))  # (B, H, T, d)
+    scores = q @ k.mT / math.sqrt(q.size(-1))
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    weights = scores.masked_fill(future, -math.inf).softmax(-1)
+    return (weights @ v).transpose(1, 2)
 
 
 def rms_norm(x: Tensor, gain: Tensor | None = None) -> Tensor:
@@ -1077,8 +1120,9 @@ class CausalSelfAttention(nn.Module):
         q = self.c_q(last).unflatten(2, (-1, self.head_dim))  # (B, t, H, d)
         k = self.c_k(x).unflatten(2, (-1, self.head_dim))  # (B, T, K, d)
         v, v0 = self._values(x, v0, ve)  # (B, T, K, d)
-        q = self.rotary(rms_norm(q, self.q_gain.unsqueeze(1)), length)
-        k = self.rotary(rms_norm(k), length)
+        # Rounded after the rotation: of a bare concatenation Inductor makes three kernels in scoring, +1.8 GB a batch.
+        q = self.rotary(rms_norm(q.float(), self.q_gain.unsqueeze(1)), length).to(x.dtype)
+        k = self.rotary(rms_norm(k.float()), length).to(x.dtype)
         y = self.attend(q, k, v)  # (B, t, H, d)
         if self.use_xsa:
             y = xsa(y, v[:, -t:])
@@ -1099,6 +1143,146 @@ class CausalSelfAttention(nn.Module):
         return v.unflatten(2, (-1, self.head_dim)), v0
 
 
+# Two Triton kernels for the MLP. Its activation costs more memory traffic than its products: as kernels of their own,
+# activation and derivative move 1.5 GB a layer of 98,304 tokens, as the ends of the products before them 0.6.
+tl: Any = None  # triton.language, once `triton_kernel` has imported it
+TILE_ROWS = 128
+TILE_DEPTH = 64  # terms of the sum per turn of the loop
+
+
+def leaky_square_kernel(
+    x, w, pre, post, slope, depth, rows: tl.constexpr, cols: tl.constexpr, step: tl.constexpr, keep_pre: tl.constexpr
+):
+    """Compute a tile (rows, cols) of pre = x w^T and of post = LeakyReLU(pre)^2. The arguments are descriptors."""
+    row = tl.program_id(1) * rows
+    col = tl.program_id(0) * cols  # the fastest index: neighbours read the same rows of x
+    total = tl.zeros((rows, cols), tl.float32)
+    for k in range(0, depth, step):
+        total = tl.dot(x.load([row, k]), w.load([col, k]).T, total)
+    rounded = total.to(post.dtype)  # as the plain product is
+    if keep_pre:
+        pre.store([row, col], rounded)
+    value = rounded.to(tl.float32)
+    value = tl.where(value > 0, value, slope * value)
+    post.store([row, col], (value * value).to(post.dtype))
+
+
+def leaky_square_grad_kernel(
+    dy, w, pre, dpre, slope, depth, rows: tl.constexpr, cols: tl.constexpr, step: tl.constexpr
+):
+    """Compute a tile (rows, cols) of dpre = (dy w) * d LeakyReLU(pre)^2 / d pre."""
+    row = tl.program_id(1) * rows
+    col = tl.program_id(0) * cols
+    total = tl.zeros((rows, cols), tl.float32)
+    for k in range(0, depth, step):
+        total = tl.dot(dy.load([row, k]), w.load([k, col]), total)
+    dpost = total.to(dpre.dtype).to(tl.float32)
+    value = pre.load([row, col]).to(tl.float32)
+    derivative = tl.where(value > 0, 2 * value, 2 * slope * slope * value)
+    dpre.store([row, col], (dpost * derivative).to(dpre.dtype))
+
+
+@functools.cache
+def triton_kernel(function: Callable) -> Any:
+    """Return one of the kernels above for Triton to compile. Raise ImportError where Triton is missing."""
+    global tl
+    tl = importlib.import_module("triton.language")
+    function.__annotations__ = inspect.get_annotations(function, eval_str=True)  # tl.constexpr, not its name
+    return importlib.import_module("triton").jit(function)
+
+
+def launch_tiles(function: Callable, operands: list[tuple[Tensor, list[int]]], slope: float, **constants: Any) -> None:
+    """Run a kernel for every tile of the last operand. Operands are a matrix and the shape of the blocks it is read or
+    written in; blocks that stick out read zeros."""
+    descriptor = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
+    descriptors = [descriptor.from_tensor(matrix, block) for matrix, block in operands]
+    output, (rows, cols) = operands[-1]
+    grid = (math.ceil(output.size(1) / cols), math.ceil(output.size(0) / rows))
+    depth = operands[0][0].size(1)
+    options = {"num_warps": cols // 32, "num_stages": 3}
+    kernel = triton_kernel(function)[grid]
+    kernel(*descriptors, slope, depth, rows=rows, cols=cols, step=TILE_DEPTH, **constants, **options)
+
+
+@torch.library.custom_op(
+    "parameter_golf::leaky_square_mlp",
+    mutates_args=(),
+    schema="(Tensor x, Tensor w_up, Tensor w_down, float slope, int cols, bool keep_pre) -> (Tensor, Tensor, Tensor)",
+)
+def leaky_square_mlp(
+    x: Tensor, w_up: Tensor, w_down: Tensor, slope: float, cols: int, keep_pre: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y = LeakyReLU(x w_up^T)^2 w_down^T (M, D) of x (M, D), and for the backward pass `pre` and `post`, which
+    are (M, hidden). `pre` is empty without `keep_pre`."""
+    post = x.new_empty(x.size(0), w_up.size(0))
+    pre = torch.empty_like(post) if keep_pre else x.new_empty(0)
+    tile = [TILE_ROWS, cols]
+    operands = [(x.contiguous(), [TILE_ROWS, TILE_DEPTH]), (w_up, [cols, TILE_DEPTH])]
+    operands += [(pre if keep_pre else post, tile), (post, tile)]
+    launch_tiles(leaky_square_kernel, operands, slope, keep_pre=keep_pre)
+    return post @ w_down.T, pre, post
+
+
+@leaky_square_mlp.register_fake
+def _(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float, cols: int, keep_pre: bool) -> tuple:
+    post = x.new_empty(x.size(0), w_up.size(0))
+    pre = torch.empty_like(post) if keep_pre else x.new_empty(0)
+    return x.new_empty(x.shape), pre, post
+
+
+@torch.library.custom_op(
+    "parameter_golf::leaky_square_grad",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor w_down, Tensor pre, float slope, int cols) -> Tensor",
+)
+def leaky_square_grad(dy: Tensor, w_down: Tensor, pre: Tensor, slope: float, cols: int) -> Tensor:
+    """Return the gradient of `pre` (M, hidden) for that of y (M, D)."""
+    dpre = torch.empty_like(pre)
+    tile = [TILE_ROWS, cols]
+    operands = [(dy.contiguous(), [TILE_ROWS, TILE_DEPTH]), (w_down, [TILE_DEPTH, cols]), (pre, tile), (dpre, tile)]
+    launch_tiles(leaky_square_grad_kernel, operands, slope)
+    return dpre
+
+
+@leaky_square_grad.register_fake
+def _(dy: Tensor, w_down: Tensor, pre: Tensor, slope: float, cols: int) -> Tensor:
+    return torch.empty_like(pre)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, w_up, w_down, ctx.slope, ctx.cols, _ = inputs
+    _, pre, post = output
+    ctx.save_for_backward(x, w_up, w_down, pre, post)
+    ctx.set_materialize_grads(False)  # there are none for `pre` and `post`
+
+
+def _leaky_square_mlp_backward(ctx: Any, dy: Tensor, *_: None) -> tuple:
+    x, w_up, w_down, pre, post = ctx.saved_tensors
+    dpre = leaky_square_grad(dy, w_down, pre, ctx.slope, ctx.cols)
+    return dpre @ w_up, dpre.T @ x, dy.T @ post, None, None, None
+
+
+leaky_square_mlp.register_autograd(_leaky_square_mlp_backward, setup_context=_save_for_backward)
+
+
+def fused_mlp(cols: int) -> Callable:
+    """Return the MLP's function by the kernels above with tiles of `cols` columns. Raise ImportError without Triton."""
+    triton_kernel(leaky_square_kernel)
+
+    def fused(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> Tensor:
+        """Return LeakyReLU(x w_up^T)^2 w_down^T (B, t, D) of x (B, t, D)."""
+        y, _, _ = leaky_square_mlp(x.flatten(0, 1), w_up, w_down, slope, cols, torch.is_grad_enabled())
+        return y.view_as(x)
+
+    return fused
+
+
+# MLP_KERNEL -> a function that loads the kernel; None is the plain code in `MLP.forward`.
+# Two sizes of tiles: a large one reads less, of a small one two fit on a multiprocessor, and one computes while the
+# other writes. Which is faster has not been measured.
+MLP_KERNELS = {"plain": lambda: None, "fused256": lambda: fused_mlp(256), "fused128": lambda: fused_mlp(128)}
+
+
 class MLP(nn.Module):
     """LeakyReLU(x)^2 between two matrices: a negative input becomes slope^2 x^2, so its unit still learns."""
 
@@ -1106,11 +1290,15 @@ class MLP(nn.Module):
         super().__init__()
         hidden = int(h.mlp_mult * h.model_dim)
         self.slope = h.leaky_slope
+        self.fused: Callable | None = None
         self.fc = Linear(h.model_dim, hidden, bias=False)
         self.proj = Linear(hidden, h.model_dim, bias=False)
 
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-        """Return outputs (B, t, D), times `scale`."""
+        """Return outputs (B, t, D), times `scale`. The plain lines are the definition: a fused kernel that computes
+        anything else is not used."""
+        if self.fused is not None:
+            return self.fused(x, self.fc.matrix(x.dtype), self.proj.matrix(x.dtype, scale), self.slope)
         x = self.fc(x)  # (B, t, hidden)
         x = F.leaky_relu(x, self.slope).square()
         return self.proj(x, scale)
@@ -1530,8 +1718,6 @@ def build_run(h: Hyperparameters, rt: Runtime, decoded: GPT | None = None) -> Ru
     for parameter in model.parameters():
         rt.broadcast(parameter.data)
     model.compute_dtype = rt.dtype
-    for block in model.blocks:
-        block.attn.attend = rt.attend
     return Run(h, rt, model, rt.compile(model.forward), rt.compile(model.token_nll), shards, val, shipped_code(h))
 
 
@@ -1711,6 +1897,156 @@ def calibrate(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     return learned, {"calibration_seconds": total, "calibrated": shown}
 
 
+class Trial(NamedTuple):
+    """What kernels are tried on: arguments, the tensors whose gradients are compared, and the output's gradient."""
+
+    arguments: tuple[Tensor, ...]
+    sources: tuple[Tensor, ...]
+    output_grad: Tensor
+
+    def run(self, kernel: Callable) -> list[Tensor]:
+        """Return the kernel's output and the gradients of the sources."""
+        y = kernel(*self.arguments)
+        return [y.detach(), *torch.autograd.grad(y, self.sources, self.output_grad)]
+
+
+def relative_errors(results: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """Return |result - exact| / |exact| of each pair."""
+    return [((result - e).norm() / e.norm()).item() for result, e in zip(results, exact)]
+
+
+def fastest_kernel(
+    rt: Runtime,
+    setting: str,
+    candidates: dict[str, Callable[[], Callable]],
+    definition: Callable,
+    make_trial: Callable[[int, torch.dtype], Trial],
+    rows: int,
+) -> str:
+    """Return the name of the fastest candidate that is right. Log how long each took, or why it cannot be used.
+
+    Right is measured on two sequences, against `definition` in float64: output and gradients are off by at most twice
+    as much as those of `definition` in the run's type. Fast is measured on `rows` sequences, forward and backward. A
+    kernel has to be right on every rank, and the mean time over the ranks decides, so that all take the same one.
+    """
+    small = make_trial(2, rt.dtype)
+    exact = make_trial(2, torch.float64).run(definition)
+    limits = [2 * error for error in relative_errors(small.run(definition), exact)]
+    large = make_trial(rows, rt.dtype)
+    times, refused = {}, {}
+    for name, load in candidates.items():
+        try:
+            milliseconds = _time_kernel(rt, load(), small, exact, limits, large)
+        except Exception as error:  # of whatever kind: it is a reason to take another kernel
+            message = str(error).strip().partition("\n")[0]
+            refused[name] = f"{type(error).__name__}: {message}"
+            milliseconds = math.inf
+        milliseconds = rt.all_reduce(torch.tensor(milliseconds, dtype=torch.float64)).item() / rt.world_size
+        if milliseconds < math.inf:
+            times[name] = milliseconds
+        else:
+            refused.setdefault(name, "it failed on another rank")
+    names = sorted(times, key=times.__getitem__)
+    shown = [f"{name} {times[name]:.3f} ms" for name in names]
+    shown += [f"not {name} ({reason})" for name, reason in refused.items()]
+    if not names:
+        raise UserError(f"{setting}: no kernel can be used: {', '.join(shown)}: mend that, or choose another")
+    rt.log(f"{setting}: {names[0]}, of {rows} sequences forward and backward: {', '.join(shown)}")
+    rt.record("kernel", setting=setting, chosen=names[0], milliseconds=times, refused=refused)
+    return names[0]
+
+
+def _time_kernel(
+    rt: Runtime, kernel: Callable, small: Trial, exact: list[Tensor], limits: list[float], large: Trial
+) -> float:
+    """Return the milliseconds of a trial of a kernel. Raise ArithmeticError if the kernel is wrong."""
+    errors = relative_errors(small.run(kernel), exact)
+    if not all(error <= limit for error, limit in zip(errors, limits)):  # nan is not, either
+        shown = ", ".join(f"{error:.1e} of {limit:.1e}" for error, limit in zip(errors, limits))
+        raise ArithmeticError(f"it is wrong, the errors of output and gradients are {shown} allowed")
+    return rt.milliseconds(lambda: large.run(kernel))
+
+
+def pick_attention(run: Run, rows: int) -> Callable:
+    """Return the attention function to use, called like `sdpa`."""
+    h, rt = run.h, run.rt
+    if h.attn_backend == "sdpa":
+        return sdpa
+    generator = torch.Generator(rt.device)
+
+    def make_trial(rows: int, dtype: torch.dtype) -> Trial:
+        generator.manual_seed(0)
+        tensors = []
+        for heads in (h.num_heads, h.num_kv_heads, h.num_kv_heads, h.num_heads):  # q, k, v, and the output's gradient
+            shape = (rows, h.train_seq_len, heads, h.head_dim)
+            tensors.append(torch.randn(shape, generator=generator, device=rt.device).bfloat16().to(dtype))
+        sources = tuple(x.requires_grad_() for x in tensors[:3])
+        return Trial(sources, sources, tensors[3])
+
+    def load(name: str) -> Callable:
+        attend = ATTENTION_KERNELS[name]()
+        q, k, v = make_trial(2, rt.dtype).arguments
+        with torch.no_grad():
+            tail = attend(q[:, -h.stride :], k, v)  # as scoring needs it; FlashAttention before 2.1 aligned the starts
+            [error] = relative_errors([tail], [attend(q, k, v)[:, -h.stride :].float()])
+        if not error <= 2**-6:  # both are rounded to 8 bits; with another mask it is near 1
+            raise ArithmeticError(f"it is wrong, {h.stride} queries alone differ by {error:.1e} from those of all")
+        return attend
+
+    wanted = ATTENTION_KERNELS if h.attn_backend == "auto" else [h.attn_backend]
+    candidates = {name: functools.partial(load, name) for name in wanted}
+    setting = f"ATTN_BACKEND={h.attn_backend}"
+    name = fastest_kernel(rt, setting, candidates, attention_definition, make_trial, rows)
+    return ATTENTION_KERNELS[name]()
+
+
+def pick_mlp(run: Run, rows: int) -> Callable | None:
+    """Return the fused function for `MLP.fused`, or None for the plain lines."""
+    h, rt = run.h, run.rt
+    if h.mlp_kernel == "plain":
+        return None
+    generator = torch.Generator(rt.device)
+    mlp = copy.deepcopy(run.model.blocks[0].mlp)
+    scale = torch.ones(h.model_dim, device=rt.device)
+    generator.manual_seed(0)
+    for w in mlp.parameters():  # (out, in)
+        drawn = torch.randn(w.shape, generator=generator, device=rt.device) * w.size(1) ** -0.5
+        w.data = drawn.bfloat16().float()
+
+    def make_trial(rows: int, dtype: torch.dtype) -> Trial:
+        generator.manual_seed(1)
+        shape = (2, rows, h.train_seq_len, h.model_dim)
+        x, output_grad = torch.randn(shape, generator=generator, device=rt.device).bfloat16().to(dtype)
+        x = x.requires_grad_()
+        return Trial((x, scale), (x, *mlp.parameters()), output_grad)
+
+    def load(name: str) -> Callable:
+        mlp.fused = MLP_KERNELS[name]()
+        return rt.compile(mlp)
+
+    candidates = {}
+    for name in MLP_KERNELS:
+        if h.mlp_kernel == "auto" or name.startswith(h.mlp_kernel):
+            candidates[name] = functools.partial(load, name)
+    name = fastest_kernel(rt, f"MLP_KERNEL={h.mlp_kernel}", candidates, mlp, make_trial, rows)
+    return MLP_KERNELS[name]()
+
+
+def pick_kernels(run: Run) -> None:
+    """Give the model the fastest kernels that are right on this machine. Only GPUs with bfloat16 have a choice."""
+    h, rt = run.h, run.rt
+    if rt.dtype != torch.bfloat16:
+        return
+    rows = h.eval_batch_seqs
+    if h.trains:
+        rows_per_step, grad_accum_steps = batch_plan(h, rt.world_size)
+        rows = rows_per_step // grad_accum_steps
+    attend, fused = pick_attention(run, rows), pick_mlp(run, rows)
+    for block in run.model.blocks:
+        block.attn.attend = attend
+        block.mlp.fused = fused
+
+
 def preflight(run: Run) -> float:
     """Run the whole pipeline on random tokens in the real shapes before the clock starts, so that nothing fails for the
     first time after ten minutes. This also compiles all graphs. Restore the weights; return the seconds it took."""
@@ -1718,6 +2054,7 @@ def preflight(run: Run) -> float:
     start = rt.now()
     parameters = list(run.model.parameters())
     initial = [p.detach().clone() for p in parameters]
+    pick_kernels(run)
     if h.trains:
         _preflight_training(run)
         run = run._replace(calibrated=_preflight_calibration(run))

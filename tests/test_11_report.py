@@ -117,7 +117,7 @@ def test_the_banner_accounts_for_every_parameter(reported: Callable) -> None:
     assert len(counts) == len(t.PARAM_GROUPS) and sum(counts) == total > 0
     for expected in (
         "device:cpu",
-        "attention:sdpa",
+        "compile:0",
         "validation: random",
         "training: 1 shards, 5,000 tokens",
         "plan: ",

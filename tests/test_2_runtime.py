@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -12,15 +11,13 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, TINY
-from torch import Tensor
 
 import train_gpt as t
 
@@ -409,135 +406,3 @@ def test_a_missing_package_is_an_error_that_says_how_to_get_it(monkeypatch: pyte
     with pytest.raises(t.UserError, match="package zstandard is missing: `pip install zstandard`, or else"):
         t.require("zstandard", "or else")
     assert t.require("json", "it is there") is json
-
-
-# ---- attention -------------------------------------------------------------------------------------------------------
-
-
-def attend_by_loops(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Returns causal grouped-query attention (B, t, H, d), from the formula, the ends of queries and keys aligned."""
-    (num_rows, num_queries, num_heads, width), length, group = q.shape, k.shape[1], q.shape[2] // k.shape[2]
-    out = np.zeros_like(q)
-    for b, i, h in np.ndindex(num_rows, num_queries, num_heads):
-        end = length - num_queries + i + 1  # keys that query i may see
-        scores = k[b, :end, h // group] @ q[b, i, h] / math.sqrt(width)
-        weights = np.exp(scores - scores.max())
-        out[b, i, h] = weights / weights.sum() @ v[b, :end, h // group]
-    return out
-
-
-@pytest.fixture
-def flash(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list]:
-    """Puts FlashAttention packages in place that compute with torch's own kernel, and hides the others."""
-
-    def install(*packages: str, returns_tuple: bool = False) -> list:
-        calls: list[tuple] = []
-
-        def make(package: str) -> ModuleType:
-            def flash_attn_func(
-                q: Tensor, k: Tensor, v: Tensor, softmax_scale: Any = None, causal: bool = False
-            ) -> Any:
-                calls.append((package, tuple(q.shape), tuple(k.shape), tuple(v.shape), causal))
-                t_, length, group = q.size(1), k.size(1), q.size(2) // k.size(2)
-                k, v = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (k, v))
-                rows = torch.arange(t_).unsqueeze(1) + length - t_ if causal else torch.full((t_, 1), length)
-                mask = torch.arange(length) <= rows
-                out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask).transpose(1, 2)
-                return (out, torch.zeros(q.shape[:3])) if returns_tuple else out
-
-            module = ModuleType(package)
-            module.flash_attn_func = flash_attn_func
-            return module
-
-        for package in ("flash_attn_interface", "flash_attn"):
-            monkeypatch.setitem(sys.modules, package, make(package) if package in packages else None)
-        return calls
-
-    return install
-
-
-FA3, FA2 = "flash_attn_interface", "flash_attn"
-
-
-@pytest.mark.parametrize("num_queries", [6, 3, 1])
-@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
-@pytest.mark.parametrize(
-    ("packages", "returns_tuple"), [((), False), ((FA3,), False), ((FA3,), True), ((FA2,), False), ((FA2,), True)]
-)
-def test_every_back_end_is_causal_grouped_query_attention(
-    packages: tuple[str, ...], returns_tuple: bool, num_kv_heads: int, num_queries: int, flash: Callable
-) -> None:
-    calls = flash(*packages, returns_tuple=returns_tuple)
-    attend, _ = t.pick_attention("auto", True)
-    q = torch.randn(2, num_queries, 4, 8, dtype=torch.float64)
-    k, v = torch.randn(2, 2, 6, num_kv_heads, 8, dtype=torch.float64)
-    out = attend(q, k, v)
-    # float64, sums of 8 and 6 terms of size one: a few 1e-16; a wrong mask, scale or head differs by 1e-1.
-    np.testing.assert_allclose(out.numpy(), attend_by_loops(q.numpy(), k.numpy(), v.numpy()), atol=1e-13)
-    kv = (2, 6, num_kv_heads, 8)
-    assert calls == [(package, (2, num_queries, 4, 8), kv, kv, True) for package in packages]
-
-
-@pytest.mark.parametrize(
-    ("wanted", "packages", "picked", "in_note"),
-    [
-        ("auto", (FA3, FA2), "fa3", []),
-        ("auto", (FA3,), "fa3", []),
-        ("auto", (FA2,), "fa2", ["no fa3"]),
-        ("auto", (), "sdpa", ["no fa3", "no fa2"]),
-        ("fa3", (FA3, FA2), "fa3", []),
-        ("fa2", (FA3, FA2), "fa2", []),
-        ("sdpa", (FA3, FA2), "sdpa", ["as set"]),
-    ],
-)
-def test_auto_takes_the_first_back_end_that_is_there_and_says_what_it_passed_over(
-    wanted: str, packages: tuple[str, ...], picked: str, in_note: list[str], flash: Callable
-) -> None:
-    calls = flash(*packages)
-    attend, note = t.pick_attention(wanted, True)
-    attend(torch.randn(1, 2, 2, 4), torch.randn(1, 2, 2, 4), torch.randn(1, 2, 2, 4))
-    assert [call[0] for call in calls] == {"fa3": [FA3], "fa2": [FA2], "sdpa": []}[picked]
-    assert re.match(r"\w+", note)[0] == picked
-    assert [part for part in ("no fa3", "no fa2", "as set") if part in note] == in_note, note
-
-
-@pytest.mark.parametrize(("wanted", "packages"), [("fa3", ()), ("fa3", (FA2,)), ("fa2", (FA3,)), ("fa2", ())])
-def test_a_back_end_that_is_asked_for_and_missing_is_an_error(
-    wanted: str, packages: tuple[str, ...], flash: Callable
-) -> None:
-    flash(*packages)
-    with pytest.raises(t.UserError, match=rf"ATTN_BACKEND={wanted} cannot be used \(no {wanted}: .*ATTN_BACKEND=auto"):
-        t.pick_attention(wanted, True)
-
-
-def test_a_broken_installation_is_passed_over_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in (FA3, FA2):
-        (tmp_path / f"{package}.py").write_text(f"raise ImportError('{package}: undefined symbol _ZN3c10')")
-        monkeypatch.delitem(sys.modules, package, raising=False)
-    monkeypatch.syspath_prepend(tmp_path)
-    importlib.invalidate_caches()
-    attend, note = t.pick_attention("auto", True)
-    assert attend is t.sdpa
-    for package in (FA3, FA2):
-        assert f"{package}: undefined symbol _ZN3c10" in note
-    with pytest.raises(t.UserError, match="ATTN_BACKEND=fa3 .*undefined symbol"):
-        t.pick_attention("fa3", True)
-
-
-@pytest.mark.parametrize("wanted", ["fa3", "fa2"])
-def test_without_a_suitable_gpu_flash_attention_is_an_error_if_asked_for_and_noted_if_not(
-    wanted: str, runtime: Callable, flash: Callable
-) -> None:
-    calls = flash(FA3, FA2)
-    with pytest.raises(t.UserError, match=f"ATTN_BACKEND={wanted} cannot be used .*needs a GPU with bfloat16"):
-        runtime(attn_backend=wanted)
-    rt = runtime()
-    assert rt.attend is t.sdpa and calls == []
-    assert "attention:sdpa (FlashAttention needs a GPU with bfloat16)" in rt.describe()
-
-
-def test_the_description_names_device_processes_numerics_and_versions(runtime: Callable) -> None:
-    line = runtime().describe()
-    assert "\n" not in line
-    for part in ("device:cpu", "processes:1", "dtype:float32", "compile:0", f"torch:{torch.__version__}"):
-        assert part in line

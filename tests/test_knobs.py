@@ -18,7 +18,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,8 @@ TURNS: dict[str, tuple] = {
     "seed": (1337, 1, "initial batches preflight report"),
     "device": ("auto", "cpu", "machine"),
     "compile": ("auto", "0", "machine"),
-    "attn_backend": ("auto", "sdpa", "machine"),
+    "attn_backend": ("auto", "sdpa", "kernels"),
+    "mlp_kernel": ("auto", "plain", "kernels"),
     "max_val_tokens": (0, 64, "text"),
     "eval_only": ("", "old.bin", "main text preflight banner"),
     "export_only": ("", "old.bin", "main text preflight banner"),
@@ -237,10 +238,19 @@ def stage_machine(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, 
     patch.setattr(torch.cuda, "set_device", lambda _: None)
     patch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
     patch.setattr(torch, "compile", lambda function, **options: "compiled")
-    for name in ("flash_attn_interface", "flash_attn"):
-        patch.setitem(sys.modules, name, ModuleType(name))
     rt = t.Runtime(h)
-    return {"machine": (rt.device, rt.dtype, rt.compile(len), rt.attention_note, rt.lag)}
+    return {"machine": (rt.device, rt.dtype, rt.compile(len), rt.lag)}
+
+
+def stage_kernels(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """kernels: those that are tried where there are all."""
+    tried = []
+    patch.setattr(t, "fastest_kernel", lambda rt, setting, candidates, *_: tried.append(list(candidates)) or "flash")
+    patch.setitem(t.MLP_KERNELS, "flash", lambda: None)
+    run = make_run(h)
+    run.rt.dtype = torch.bfloat16
+    t.pick_kernels(run)
+    return {"kernels": tried}
 
 
 def stage_main(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -313,7 +323,7 @@ def stage_train(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, An
     patch.setattr(t, "Optimizer", lambda h, rt, model: SimpleNamespace(step=step))
     patch.setattr(t.Trainer, "update_averages", lambda *args: None)
     patch.setattr(t, "eval_val", lambda run: SCORE)
-    run = make_run(h, mean_loss=lambda x, y: torch.zeros((), requires_grad=True))
+    run = make_run(h, mean_loss=lambda x, y: 0 * sum(p.sum() for p in run.model.parameters()))
     figures = t.train(run)
     events = [(event, {k: v for k, v in fields.items() if k != "lr_scale"}) for event, fields in run.rt.events]
     return {"schedule": schedule[:20], "loop": (figures, events)}

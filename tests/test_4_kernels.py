@@ -1,0 +1,529 @@
+"""Attention and MLP kernels: the formulas, the Triton code on a CPU and for an H100, and how a run chooses.
+
+Triton's kernels run here in Triton's interpreter, in a process of its own, from a packed script; and they are compiled
+for sm_90a, which needs no GPU."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import train_gpt as t
+
+FA3, FA2 = "flash_attn_interface", "flash_attn"
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton exists for Linux only")
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+def attend_by_loops(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Returns causal grouped-query attention (B, t, H, d), from the formula, the ends of queries and keys aligned."""
+    (num_rows, num_queries, num_heads, width), length, group = q.shape, k.shape[1], q.shape[2] // k.shape[2]
+    out = np.zeros_like(q)
+    for b, i, h in np.ndindex(num_rows, num_queries, num_heads):
+        end = length - num_queries + i + 1  # keys that query i may see
+        scores = k[b, :end, h // group] @ q[b, i, h] / math.sqrt(width)
+        weights = np.exp(scores - scores.max())
+        out[b, i, h] = weights / weights.sum() @ v[b, :end, h // group]
+    return out
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list]:
+    """Puts FlashAttention packages in place that compute with torch's own kernel, and hides the others."""
+
+    def install(*packages: str, returns_tuple: bool = False, error: float = 0.0, aligns_ends: bool = True) -> list:
+        calls: list[tuple] = []
+
+        def make(package: str) -> ModuleType:
+            def flash_attn_func(
+                q: Tensor, k: Tensor, v: Tensor, softmax_scale: Any = None, causal: bool = False
+            ) -> Any:
+                calls.append((package, tuple(q.shape), tuple(k.shape), tuple(v.shape), causal))
+                t_, length, group = q.size(1), k.size(1), q.size(2) // k.size(2)
+                k, v = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (k, v))
+                shift = length - t_ if aligns_ends else 0
+                rows = torch.arange(t_).unsqueeze(1) + shift if causal else torch.full((t_, 1), length)
+                mask = torch.arange(length) <= rows
+                out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask).transpose(1, 2)
+                out = out + error * out.detach().abs().mean()
+                return (out, torch.zeros(q.shape[:3])) if returns_tuple else out
+
+            module = ModuleType(package)
+            module.flash_attn_func = flash_attn_func
+            return module
+
+        for package in (FA3, FA2):
+            monkeypatch.setitem(sys.modules, package, make(package) if package in packages else None)
+        return calls
+
+    return install
+
+
+@pytest.mark.parametrize("num_queries", [6, 3, 1])
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize(("name", "returns_tuple"), [("fa3", False), ("fa3", True), ("fa2", False), ("flash", False)])
+def test_every_kernel_is_causal_grouped_query_attention(
+    name: str, returns_tuple: bool, num_kv_heads: int, num_queries: int, flash: Callable
+) -> None:
+    calls = flash(FA3, FA2, returns_tuple=returns_tuple)
+    q = torch.randn(2, num_queries, 4, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 6, num_kv_heads, 8, dtype=torch.float64)
+    if name == "flash" and num_queries < 6:
+        pytest.skip("torch's masked kernels need a GPU; the choice of one is tested below")
+    out = t.ATTENTION_KERNELS[name]()(q, k, v)
+    # float64, sums of 8 and 6 terms of size one: a few 1e-16; a wrong mask, scale or head differs by 1e-1.
+    np.testing.assert_allclose(out.numpy(), attend_by_loops(q.numpy(), k.numpy(), v.numpy()), atol=1e-13)
+    package, kv = {"fa3": FA3, "fa2": FA2}.get(name), (2, 6, num_kv_heads, 8)
+    assert calls == ([(package, (2, num_queries, 4, 8), kv, kv, True)] if package else [])
+
+
+@pytest.mark.parametrize("num_queries", [6, 3, 1])
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("function", [t.sdpa, t.attention_definition])
+def test_what_kernels_are_checked_against_is_the_formula(
+    function: Callable, num_kv_heads: int, num_queries: int
+) -> None:
+    q = torch.randn(2, num_queries, 4, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 6, num_kv_heads, 8, dtype=torch.float64)
+    if function is t.attention_definition and num_queries < 6:
+        return  # whole sequences only
+    np.testing.assert_allclose(function(q, k, v), attend_by_loops(q.numpy(), k.numpy(), v.numpy()), atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash", "efficient"])
+def test_a_torch_kernel_is_asked_for_by_its_name_and_with_what_it_supports(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flash kernel knows no masks, the efficient one no groups: both would be errors on a GPU."""
+    asked: list[tuple] = []
+
+    class Context:
+        def __init__(self, backend: Any):
+            self.backend = backend
+
+        def __enter__(self) -> None:
+            monkeypatch.setattr(F, "scaled_dot_product_attention", self.attend)
+
+        def __exit__(self, *_: object) -> None:
+            monkeypatch.undo()
+
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Any, is_causal: bool, enable_gqa: bool) -> Tensor:
+            asked.append((self.backend.name, attn_mask is not None, q.size(1) != k.size(1)))
+            return q
+
+    attend = t.ATTENTION_KERNELS[name]()
+    q, k = torch.randn(1, 6, 4, 8), torch.randn(1, 6, 2, 8)
+    for queries in (q, q[:, -2:]):
+        monkeypatch.setattr(t, "sdpa_kernel", Context)
+        attend(queries, k, k)
+    expected = {
+        "cudnn": [("CUDNN_ATTENTION", False, True), ("CUDNN_ATTENTION", True, False)],
+        "flash": [("FLASH_ATTENTION", False, True), ("EFFICIENT_ATTENTION", True, False)],
+        "efficient": [("EFFICIENT_ATTENTION", False, False), ("EFFICIENT_ATTENTION", True, False)],
+    }
+    assert asked == expected[name]
+
+
+# ---- the choice ------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def machine(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SimpleNamespace]:
+    """A run that believes to be on a GPU with bfloat16, with given milliseconds for each kernel in turn."""
+
+    # On a CPU torch has a flash kernel, and it supports masks. The efficient one is an error, as anything may be.
+    monkeypatch.setitem(t.ATTENTION_KERNELS, "flash", lambda: t.sdpa)
+
+    def make(times: list[float] | None = None, **settings: str) -> SimpleNamespace:
+        run = make_run(compile="0")
+        for name, value in settings.items():
+            setattr(run.h, name, value)  # what a Runtime without a GPU would refuse
+        run.rt.dtype = torch.bfloat16
+        found = SimpleNamespace(run=run, lines=[], events=[], timed=[])
+        left = list(times or [5.0, 4.0, 3.0, 2.0, 1.0])
+
+        def milliseconds(function: Callable) -> float:
+            found.timed.append(function())
+            return left.pop(0)
+
+        run.rt.milliseconds = milliseconds
+        run.rt.log = found.lines.append
+        run.rt.record = lambda event, **fields: found.events.append((event, fields))
+        return found
+
+    return make
+
+
+def choose(run: t.Run, candidates: dict[str, Callable], setting: str = "KERNEL=auto") -> str:
+    """Chooses between functions that are to compute 1.3 x."""
+
+    def make_trial(rows: int, dtype: torch.dtype) -> t.Trial:
+        x = torch.arange(1.0, 5.0).repeat(rows, 1).to(dtype).requires_grad_()
+        return t.Trial((x,), (x,), torch.ones(rows, 4, dtype=dtype))
+
+    loaders = {name: (lambda function=function: function) for name, function in candidates.items()}
+    return t.fastest_kernel(run.rt, setting, loaders, lambda x: x * 1.3, make_trial, rows=7)
+
+
+def plain(x: Tensor) -> Tensor:
+    return x * 1.3
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1.3
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy * 1.33
+
+
+def test_the_fastest_right_kernel_is_taken_and_all_are_named(machine: Callable) -> None:
+    m = machine([3.0, 1.5, 2.0])
+    assert choose(m.run, {"a": plain, "b": plain, "c": plain}) == "b"
+    assert m.lines == [
+        "KERNEL=auto: b, of 7 sequences forward and backward: b 1.500 ms, c 2.000 ms, a 3.000 ms",
+    ]
+    fields = {"setting": "KERNEL=auto", "chosen": "b", "milliseconds": {"a": 3.0, "b": 1.5, "c": 2.0}, "refused": {}}
+    assert m.events == [("kernel", fields)]
+    assert all(y.shape == dx.shape == (7, 4) for y, dx in m.timed)  # timed in the real shape, with gradients
+
+
+def test_wrong_and_broken_kernels_are_passed_over_with_the_reason(machine: Callable) -> None:
+    def broken(x: Tensor) -> Tensor:
+        raise RuntimeError("CUDA error: no kernel image\nand a long explanation")
+
+    def missing() -> Callable:
+        raise OSError("libcudart.so.11: cannot open shared object file")
+
+    m = machine([3.0])
+    candidates = {
+        "doubles": lambda x: 2 * x,
+        "nan": lambda x: x * math.nan,
+        "gradient": WrongGradient.apply,
+        "broken": broken,
+        "right": plain,
+    }
+    assert choose(m.run, candidates) == "right"
+    [line] = m.lines
+    assert "no kernel image)" in line and "long explanation" not in line
+    refused = m.events[0][1]["refused"]
+    assert refused.keys() == candidates.keys() - {"right"}
+    assert all("wrong, the errors of output and gradients are" in refused[name] for name in ("doubles", "nan"))
+    # Its output is as exact as the definition's in bfloat16, of which twice is allowed; its gradient is 1.33 for 1.3.
+    assert "2.2e-03 of 4.4e-03, 2.2e-02 of 4.8e-03 allowed" in refused["gradient"]
+    importing = {"missing": missing}
+    make_trial = lambda rows, dtype: t.Trial((x := torch.ones(2, dtype=dtype).requires_grad_(),), (x,), x.detach())  # noqa: E731
+    with pytest.raises(t.UserError, match=r"KERNEL=x: no kernel can be used: not missing \(OSError: libcudart"):
+        t.fastest_kernel(m.run.rt, "KERNEL=x", importing, plain, make_trial, rows=2)
+
+
+def test_a_kernel_that_fails_on_another_rank_is_used_by_none(machine: Callable) -> None:
+    m = machine([1.0, 2.0])
+    m.run.rt.world_size = 2
+    theirs = iter([math.inf, 4.0])
+    m.run.rt.all_reduce = lambda mine: mine + next(theirs)
+    assert choose(m.run, {"a": plain, "b": plain}) == "b"
+    assert m.events[0][1]["milliseconds"] == {"b": 3.0}  # the mean
+    assert m.events[0][1]["refused"] == {"a": "it failed on another rank"}
+
+
+def test_attention_is_tried_on_the_real_heads_and_set_in_every_block(machine: Callable, flash: Callable) -> None:
+    calls = flash(FA3, FA2)
+    m = machine([5.0, 4.0, 9.0], mlp_kernel="plain")
+    t.pick_kernels(m.run)
+    assert m.events[0][1]["milliseconds"] == {"fa3": 5.0, "fa2": 4.0, "flash": 9.0}
+    assert m.events[0][1]["refused"].keys() == {"cudnn", "efficient"}
+    assert m.lines[0].startswith("ATTN_BACKEND=auto: fa2, of 8 sequences")
+    assert (FA3, (8, 32, 4, 8), (8, 32, 2, 8), (8, 32, 2, 8), True) in calls  # TINY: 256 tokens a step
+    assert (FA3, (2, 8, 4, 8), (2, 32, 2, 8), (2, 32, 2, 8), True) in calls  # a tail of EVAL_STRIDE queries
+    before = len(calls)
+    m.run.model.compute_dtype = torch.float32
+    ids = torch.randint(96, (2, 33))
+    m.run.mean_loss(ids[:, :-1], ids[:, 1:])
+    assert [call[0] for call in calls[before:]] == [FA2] * 3
+    assert [block.mlp.fused for block in m.run.model.blocks] == [None] * 3
+
+
+def test_attention_with_another_alignment_of_tails_is_wrong(machine: Callable, flash: Callable) -> None:
+    flash(FA2, aligns_ends=False)  # as FlashAttention before 2.1
+    m = machine(mlp_kernel="plain")
+    t.pick_kernels(m.run)
+    assert "8 queries alone differ" in m.events[0][1]["refused"]["fa2"]
+    flash(FA2, error=0.05)
+    with pytest.raises(
+        t.UserError, match=r"ATTN_BACKEND=fa2: no kernel can be used: not fa2 \(ArithmeticError: it is w"
+    ):
+        t.pick_kernels(machine(attn_backend="fa2").run)
+
+
+@pytest.mark.parametrize("wanted", ["fa3", "fa2"])
+def test_a_kernel_that_is_asked_for_and_missing_is_an_error(wanted: str, machine: Callable, flash: Callable) -> None:
+    flash()
+    with pytest.raises(t.UserError, match=rf"ATTN_BACKEND={wanted}: no kernel can be used: not {wanted} \(ModuleNotF"):
+        t.pick_kernels(machine(attn_backend=wanted).run)
+
+
+@pytest.mark.parametrize("error", ["ImportError", "OSError", "RuntimeError"])
+def test_a_broken_installation_is_passed_over_with_its_reason(
+    error: str, machine: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in (FA3, FA2):
+        (tmp_path / f"{package}.py").write_text(f"raise {error}('{package}: undefined symbol _ZN3c10')")
+        monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    m = machine(mlp_kernel="plain")
+    t.pick_kernels(m.run)
+    for name, package in (("fa3", FA3), ("fa2", FA2)):
+        assert m.events[0][1]["refused"][name] == f"{error}: {package}: undefined symbol _ZN3c10"
+    assert m.events[0][1]["chosen"] == "flash"
+
+
+@pytest.mark.parametrize(
+    "setting", [{"attn_backend": name} for name in t.ATTENTION_KERNELS] + [{"mlp_kernel": "fused"}]
+)
+def test_without_a_suitable_gpu_a_kernel_is_an_error_if_asked_for(setting: dict, tiny: Callable) -> None:
+    [(name, value)] = setting.items()
+    with pytest.raises(t.UserError, match=f"{name.upper()}={value} needs an NVIDIA GPU.*set {name.upper()}=auto"):
+        t.Runtime(tiny(**setting))
+
+
+def test_on_a_cpu_nothing_is_tried(make_run: Callable, flash: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = flash(FA3, FA2)
+    monkeypatch.setattr(t, "fastest_kernel", None)
+    for setting in ({}, {"attn_backend": "sdpa", "mlp_kernel": "plain"}):
+        run = make_run(**setting)
+        t.preflight(run)
+        assert all(block.attn.attend is t.sdpa and block.mlp.fused is None for block in run.model.blocks)
+    assert calls == []
+
+
+def test_sdpa_on_a_gpu_is_torchs_own_choice(machine: Callable) -> None:
+    m = machine(attn_backend="sdpa", mlp_kernel="plain")
+    t.pick_kernels(m.run)
+    assert m.events == [] and m.lines == []  # there is nothing to try
+    assert all(block.attn.attend is t.sdpa for block in m.run.model.blocks)
+
+
+# ---- the MLP's kernels -----------------------------------------------------------------------------------------------
+# Triton 3.7 and 3.9 interpret bfloat16 wrongly: products of the bare 16 bits, and casts that cut off, not round.
+INTERPRETED = """
+    import json, sys
+    import numpy as np, torch
+    import torch.nn.functional as F
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def widen(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def convert(data, source, target, rounding):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert_any(data, source, target, rounding)
+        rounded = torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.int16).numpy()
+        return rounded.view(np.uint16).reshape(data.shape)
+
+    dot, convert_any = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest)
+    interpreter._convert_float = convert
+
+    sys.path.insert(0, sys.argv[1])
+    import train_gpt as t
+
+    def plain(x, w_up, w_down, slope):
+        return F.linear(F.leaky_relu(F.linear(x, w_up), slope).square(), w_down)
+
+    def results(function, inputs, slope, dy):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        y = function(*inputs, slope)
+        return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+
+    def case(rows, length, dim, hidden, slope, cols, dtype):
+        torch.manual_seed(rows)
+        x, dy = torch.randn(2, rows, length, dim).to(dtype)
+        weights = [torch.randn(hidden, dim) / dim**0.5, torch.randn(dim, hidden) / hidden**0.5]
+        inputs = [x, *(w.to(dtype) for w in weights)]
+        exact = results(plain, [x.double() for x in inputs], slope, dy.double())
+        fused = t.fused_mlp(cols)
+        mine = results(fused, inputs, slope, dy)
+        with torch.no_grad():
+            same = torch.equal(fused(*inputs, slope), mine[0])
+        y, pre, post = t.leaky_square_mlp(x.flatten(0, 1), *inputs[1:], slope, cols, True)
+        _, empty, post_alone = t.leaky_square_mlp(x.flatten(0, 1), *inputs[1:], slope, cols, False)
+        square = F.leaky_relu(pre.float(), slope).square().to(dtype)
+        return {
+            "errors": t.relative_errors(mine, exact),
+            "own": t.relative_errors(results(plain, inputs, slope, dy), exact),
+            "types": [str(x.dtype) for x in mine],
+            "equal": [same, torch.equal(square, post), torch.equal(post_alone, post), empty.numel() == 0],
+            "pre": t.relative_errors([pre], [F.linear(x.double(), inputs[1].double()).flatten(0, 1)]),
+        }
+
+    def compiled():
+        inputs = [torch.randn(2, 40, 16), torch.randn(24, 16), torch.randn(16, 24)]
+        dy = torch.randn(2, 40, 16)
+        fused = t.fused_mlp(128)
+        whole = torch.compile(lambda *args: 1 + fused(*args), backend="aot_eager", fullgraph=True)
+        mine, eager = (results(f, inputs, 0.5, dy) for f in (whole, lambda *args: 1 + fused(*args)))
+        x, w_up, w_down = inputs[0].flatten(0, 1), *inputs[1:]
+        torch.library.opcheck(t.leaky_square_mlp, (x, w_up, w_down, 0.5, 128, False))
+        torch.library.opcheck(t.leaky_square_grad, (x, w_down, torch.randn(80, 24), 0.5, 128))
+        x, w_up, w_down = (x.requires_grad_() for x in (x, w_up, w_down))
+        torch.library.opcheck(t.leaky_square_mlp, (x, w_up, w_down, 0.5, 128, True))
+        return [torch.equal(a, b) for a, b in zip(mine, eager)]
+
+    def chosen(knobs, another=None):
+        h = t.Hyperparameters(**knobs)
+        rt = t.Runtime(h)
+        rt.dtype, events, times = torch.bfloat16, [], [3.0, 2.0, 1.0]
+        rt.milliseconds = lambda function: [function(), times.pop(0)][1]
+        rt.record = lambda event, **fields: events.append(fields)
+        if another:
+            t.MLP.forward = another
+        run = t.Run(h, rt, t.GPT(h), None, None, [], None, b"")
+        t.pick_kernels(run)
+        return [events[-1], run.model.blocks[0].mlp.fused is not None]
+
+    def gelu(self, x, scale):
+        if self.fused is not None:
+            return self.fused(x, self.fc.matrix(x.dtype), self.proj.matrix(x.dtype, scale), self.slope)
+        return self.proj(F.gelu(self.fc(x)).square(), scale)
+
+    found = {name: case(*shape, getattr(torch, dtype)) for name, (*shape, dtype) in json.loads(sys.argv[2]).items()}
+    knobs = json.loads(sys.argv[3])
+    found |= {"packed": t.unpack(open(t.__file__, "rb").read()) is not None, "compiled": compiled()}
+    found |= {"chosen": chosen(knobs), "other": chosen(knobs, gelu)}
+    print(json.dumps(found))
+"""
+
+
+CASES = {
+    # rows, length, D, hidden, slope, columns of a tile, type; hidden and D are multiples of 8, nothing else divides
+    "tiny": (1, 6, 16, 24, 0.5, 256, "float32"),
+    "odd": (3, 47, 48, 200, 0.0, 128, "float32"),
+    "linear": (2, 75, 40, 136, 1.0, 256, "float32"),
+    "odd bfloat16": (3, 47, 48, 200, 0.75, 256, "bfloat16"),
+    "full width": (1, 130, 512, 1536, 0.5, 256, "bfloat16"),
+    "full width, small tiles": (1, 130, 512, 1536, 0.5, 128, "bfloat16"),
+}
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the script above found."""
+    folder = tmp_path_factory.mktemp("packed")
+    (folder / "train_gpt.py").write_bytes(t.pack(t.CODE.read_bytes()))
+    knobs = {"device": "cpu", "num_layers": 2, "model_dim": 64, "num_heads": 2, "num_kv_heads": 1, "ve_layers": "1"}
+    knobs |= {"train_seq_len": 64, "train_batch_tokens": 256, "attn_backend": "sdpa"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(INTERPRETED), str(folder), json.dumps(CASES), json.dumps(knobs)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_triton
+def test_the_kernels_run_from_a_packed_script(interpreted: dict) -> None:
+    assert interpreted["packed"]
+
+
+@needs_triton
+@pytest.mark.parametrize("name", CASES)
+def test_the_fused_mlp_is_the_plain_one(name: str, interpreted: dict) -> None:
+    found, dtype = interpreted[name], CASES[name][-1]
+    assert found["types"] == [f"torch.{dtype}"] * 4
+    # Rounded where the plain lines round: the product, the square, the derivative. Sums are in other orders.
+    for error, own in zip(found["errors"], found["own"]):
+        assert error < 1.2 * own + 1e-7, found
+    assert found["pre"][0] < (2**-8 if dtype == "bfloat16" else 1e-6)
+    # post is the square of the stored pre to the last bit, with and without autograd; which alone needs pre.
+    assert found["equal"] == [True] * 4
+
+
+@needs_triton
+def test_the_operators_are_registered_as_torch_wants_them_and_break_no_graph(interpreted: dict) -> None:
+    assert interpreted["compiled"] == [True] * 4  # fullgraph=True, and torch.library.opcheck had no complaint
+
+
+@needs_triton
+def test_the_fused_mlp_is_qualified_timed_and_set(interpreted: dict) -> None:
+    event, fused = interpreted["chosen"]
+    assert fused and event["chosen"] == "fused128"
+    assert event["milliseconds"] == {"plain": 3.0, "fused256": 2.0, "fused128": 1.0} and event["refused"] == {}
+
+
+@needs_triton
+def test_with_another_function_in_the_plain_lines_the_fused_mlp_is_refused(interpreted: dict) -> None:
+    """Whoever tries an idea in MLP.forward gets that idea on a GPU too, and not the kernel of the old function."""
+    event, fused = interpreted["other"]
+    assert not fused and event["chosen"] == "plain"
+    assert event["refused"].keys() == {"fused256", "fused128"}
+    assert all("it is wrong" in reason for reason in event["refused"].values())
+
+
+KERNELS = {
+    "up": (t.leaky_square_kernel, {"keep_pre": True}),
+    "up of scoring": (t.leaky_square_kernel, {"keep_pre": False}),
+    "gradient": (t.leaky_square_grad_kernel, {}),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("cols", [256, 128])
+@pytest.mark.parametrize("name", KERNELS)
+def test_on_an_h100_a_kernel_uses_its_matrix_units_and_no_stack(name: str, cols: int, tmp_path: Path) -> None:
+    """Compiled for sm_90a. Spilled registers would go to the stack, which is memory."""
+    import triton
+    from triton.backends import nvidia
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function, switches = KERNELS[name]
+    kernel = t.triton_kernel(function)
+    rows, depth = t.TILE_ROWS, t.TILE_DEPTH
+    constants = {"rows": rows, "cols": cols, "step": depth, **switches}
+    blocks = {"x": (rows, depth), "dy": (rows, depth), "pre": (rows, cols), "post": (rows, cols), "dpre": (rows, cols)}
+    blocks["w"] = (depth, cols) if name == "gradient" else (cols, depth)
+    signature = {}
+    for argument in kernel.arg_names:
+        if argument in blocks:
+            signature[argument] = "tensordesc<bf16[{},{}]>".format(*blocks[argument])
+        else:
+            signature[argument] = {"slope": "fp32", "depth": "i32"}.get(argument, "constexpr")
+    constexprs = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
+    options = {"num_warps": cols // 32, "num_stages": 3}
+    compiled = triton.compile(ASTSource(kernel, signature, constexprs), GPUTarget("cuda", 90, 32), options)
+    ptx = compiled.asm["ptx"]
+    assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx and "st.local" not in ptx
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", cubin], text=True, capture_output=True, check=True).stdout
+    numbers = dict(field.split(":") for field in usage.split() if field.count(":") == 1 and field[-1].isdigit())
+    assert numbers["STACK"] == numbers["LOCAL"] == "0"
+    num_threads = cols  # 32 a warp
+    blocks_per_multiprocessor = 1 if cols == 256 else 2  # of 65,536 registers and 228 KiB
+    assert int(numbers["REG"]) * num_threads * blocks_per_multiprocessor <= 65_536
+    assert compiled.metadata.shared * blocks_per_multiprocessor <= 228 * 1024
