@@ -481,6 +481,7 @@ class Runtime:
         work = dist.all_to_all_single(received, sent, async_op=True)
 
         def wait() -> Tensor:
+            """Return this rank's part."""
             work.wait()
             return received.unflatten(0, (self.world_size, -1)).sum(0, dtype=stack.dtype)
 
@@ -496,6 +497,7 @@ class Runtime:
         work = collective(stack, part.contiguous(), async_op=True)
 
         def wait() -> Tensor:
+            """Return all parts."""
             work.wait()
             return stack
 
@@ -923,8 +925,10 @@ def torch_attention(backend: SDPBackend) -> Callable:
         """Return causal attention, as `sdpa` does."""
         if backend == efficient:  # it does not support grouped heads
             k, v = repeat_heads(k, q), repeat_heads(v, q)
-        is_whole = q.size(1) == k.size(1)
-        with sdpa_kernel(backend if is_whole else masked_backend):
+        allowed = backend
+        if q.size(1) < k.size(1):
+            allowed = masked_backend
+        with sdpa_kernel(allowed):
             return sdpa(q, k, v)
 
     return attend
@@ -1204,30 +1208,30 @@ def launch_tiles(function: Callable, operands: list[tuple[Tensor, list[int]]], s
     kernel(*descriptors, slope, depth, rows=rows, cols=cols, step=TILE_DEPTH, **constants, **options)
 
 
-@torch.library.custom_op(
-    "parameter_golf::leaky_square_mlp",
-    mutates_args=(),
-    schema="(Tensor x, Tensor w_up, Tensor w_down, float slope, int cols, bool keep_pre) -> (Tensor, Tensor, Tensor)",
-)
-def leaky_square_mlp(
-    x: Tensor, w_up: Tensor, w_down: Tensor, slope: float, cols: int, keep_pre: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y = LeakyReLU(x w_up^T)^2 w_down^T (M, D) of x (M, D), and for the backward pass `pre` and `post`, which
-    are (M, hidden). `pre` is empty without `keep_pre`."""
+def _empty_pre_and_post(x: Tensor, w_up: Tensor, keep_pre: bool) -> tuple[Tensor, Tensor]:
     post = x.new_empty(x.size(0), w_up.size(0))
     pre = torch.empty_like(post) if keep_pre else x.new_empty(0)
+    return pre, post
+
+
+@torch.library.custom_op(
+    "parameter_golf::leaky_square_up",
+    mutates_args=(),
+    schema="(Tensor x, Tensor w_up, float slope, int cols, bool keep_pre) -> (Tensor, Tensor)",
+)
+def leaky_square_up(x: Tensor, w_up: Tensor, slope: float, cols: int, keep_pre: bool) -> tuple[Tensor, Tensor]:
+    """Return pre = x w_up^T, empty without `keep_pre`, and LeakyReLU(pre)^2, both (M, hidden), for x (M, D)."""
+    pre, post = _empty_pre_and_post(x, w_up, keep_pre)
     tile = [TILE_ROWS, cols]
     operands = [(x.contiguous(), [TILE_ROWS, TILE_DEPTH]), (w_up, [cols, TILE_DEPTH])]
     operands += [(pre if keep_pre else post, tile), (post, tile)]
     launch_tiles(leaky_square_kernel, operands, slope, keep_pre=keep_pre)
-    return post @ w_down.T, pre, post
+    return pre, post
 
 
-@leaky_square_mlp.register_fake
-def _(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float, cols: int, keep_pre: bool) -> tuple:
-    post = x.new_empty(x.size(0), w_up.size(0))
-    pre = torch.empty_like(post) if keep_pre else x.new_empty(0)
-    return x.new_empty(x.shape), pre, post
+@leaky_square_up.register_fake
+def _(x: Tensor, w_up: Tensor, slope: float, cols: int, keep_pre: bool) -> tuple[Tensor, Tensor]:
+    return _empty_pre_and_post(x, w_up, keep_pre)
 
 
 @torch.library.custom_op(
@@ -1236,7 +1240,7 @@ def _(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float, cols: int, keep_pre
     schema="(Tensor dy, Tensor w_down, Tensor pre, float slope, int cols) -> Tensor",
 )
 def leaky_square_grad(dy: Tensor, w_down: Tensor, pre: Tensor, slope: float, cols: int) -> Tensor:
-    """Return the gradient of `pre` (M, hidden) for that of y (M, D)."""
+    """Return the gradient of `pre` (M, hidden) for the gradient dy (M, D) of LeakyReLU(pre)^2 w_down^T."""
     dpre = torch.empty_like(pre)
     tile = [TILE_ROWS, cols]
     operands = [(dy.contiguous(), [TILE_ROWS, TILE_DEPTH]), (w_down, [TILE_DEPTH, cols]), (pre, tile), (dpre, tile)]
@@ -1249,20 +1253,25 @@ def _(dy: Tensor, w_down: Tensor, pre: Tensor, slope: float, cols: int) -> Tenso
     return torch.empty_like(pre)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, w_up, w_down, ctx.slope, ctx.cols, _ = inputs
-    _, pre, post = output
-    ctx.save_for_backward(x, w_up, w_down, pre, post)
-    ctx.set_materialize_grads(False)  # there are none for `pre` and `post`
+class FusedMLP(torch.autograd.Function):
+    """LeakyReLU(x w_up^T)^2 w_down^T (M, D) of x (M, D). The two operators are opaque to torch.compile, and all other
+    products are not."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w_up: Tensor, w_down: Tensor, slope: float, cols: int) -> Tensor:
+        """Return the output and keep what the gradient needs."""
+        pre, post = leaky_square_up(x, w_up, slope, cols, keep_pre=True)
+        ctx.save_for_backward(x, w_up, w_down, pre, post)
+        ctx.slope = slope
+        ctx.cols = cols
+        return post @ w_down.T
 
-def _leaky_square_mlp_backward(ctx: Any, dy: Tensor, *_: None) -> tuple:
-    x, w_up, w_down, pre, post = ctx.saved_tensors
-    dpre = leaky_square_grad(dy, w_down, pre, ctx.slope, ctx.cols)
-    return dpre @ w_up, dpre.T @ x, dy.T @ post, None, None, None
-
-
-leaky_square_mlp.register_autograd(_leaky_square_mlp_backward, setup_context=_save_for_backward)
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x and both matrices."""
+        x, w_up, w_down, pre, post = ctx.saved_tensors
+        dpre = leaky_square_grad(dy, w_down, pre, ctx.slope, ctx.cols)
+        return dpre @ w_up, dpre.T @ x, dy.T @ post, None, None
 
 
 def fused_mlp(cols: int) -> Callable:
@@ -1271,15 +1280,20 @@ def fused_mlp(cols: int) -> Callable:
 
     def fused(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> Tensor:
         """Return LeakyReLU(x w_up^T)^2 w_down^T (B, t, D) of x (B, t, D)."""
-        y, _, _ = leaky_square_mlp(x.flatten(0, 1), w_up, w_down, slope, cols, torch.is_grad_enabled())
+        rows = x.flatten(0, 1)  # (M, D)
+        if torch.is_grad_enabled():
+            y = FusedMLP.apply(rows, w_up, w_down, slope, cols)
+        else:
+            _, post = leaky_square_up(rows, w_up, slope, cols, keep_pre=False)
+            y = post @ w_down.T
         return y.view_as(x)
 
     return fused
 
 
-# MLP_KERNEL -> a function that loads the kernel; None is the plain code in `MLP.forward`.
-# Two sizes of tiles: a large one reads less, of a small one two fit on a multiprocessor, and one computes while the
-# other writes. Which is faster has not been measured.
+# MLP_KERNEL, or its beginning -> a function that loads the kernel; None is the plain code in `MLP.forward`.
+# Two sizes of tiles: a large one reads less; two small ones fit on a multiprocessor, and one computes while the other
+# writes. Which is faster has not been measured; the preflight does.
 MLP_KERNELS = {"plain": lambda: None, "fused256": lambda: fused_mlp(256), "fused128": lambda: fused_mlp(128)}
 
 
@@ -1920,19 +1934,22 @@ def fastest_kernel(
     setting: str,
     candidates: dict[str, Callable[[], Callable]],
     definition: Callable,
-    make_trial: Callable[[int, torch.dtype], Trial],
-    rows: int,
+    make_trial: Callable[[int, int, torch.dtype], Trial],
+    shape: tuple[int, int],
 ) -> str:
     """Return the name of the fastest candidate that is right. Log how long each took, or why it cannot be used.
 
     Right is measured on two sequences, against `definition` in float64: output and gradients are off by at most twice
-    as much as those of `definition` in the run's type. Fast is measured on `rows` sequences, forward and backward. A
-    kernel has to be right on every rank, and the mean time over the ranks decides, so that all take the same one.
+    as much as those of `definition` in the run's type. Fast is measured on `shape`, sequences x positions, forward and
+    backward. A kernel has to be right on every rank, and the mean time over the ranks decides, so that all take the
+    same one.
     """
-    small = make_trial(2, rt.dtype)
-    exact = make_trial(2, torch.float64).run(definition)
+    rows, length = shape
+    small_length = min(length, 2048)  # what `attention_definition` keeps grows with the square: 3 GB
+    small = make_trial(2, small_length, rt.dtype)
+    exact = make_trial(2, small_length, torch.float64).run(definition)
     limits = [2 * error for error in relative_errors(small.run(definition), exact)]
-    large = make_trial(rows, rt.dtype)
+    large = make_trial(rows, length, rt.dtype)
     times, refused = {}, {}
     for name, load in candidates.items():
         try:
@@ -1951,7 +1968,7 @@ def fastest_kernel(
     shown += [f"not {name} ({reason})" for name, reason in refused.items()]
     if not names:
         raise UserError(f"{setting}: no kernel can be used: {', '.join(shown)}: mend that, or choose another")
-    rt.log(f"{setting}: {names[0]}, of {rows} sequences forward and backward: {', '.join(shown)}")
+    rt.log(f"{setting}: {names[0]}; forward and backward of {rows} x {length} positions: {', '.join(shown)}")
     rt.record("kernel", setting=setting, chosen=names[0], milliseconds=times, refused=refused)
     return names[0]
 
@@ -1959,33 +1976,37 @@ def fastest_kernel(
 def _time_kernel(
     rt: Runtime, kernel: Callable, small: Trial, exact: list[Tensor], limits: list[float], large: Trial
 ) -> float:
-    """Return the milliseconds of a trial of a kernel. Raise ArithmeticError if the kernel is wrong."""
+    """Return the milliseconds of a trial of a kernel, compiled as in the model: some packages cannot be, and that is a
+    reason as well. Raise ArithmeticError if the kernel is wrong."""
     errors = relative_errors(small.run(kernel), exact)
     if not all(error <= limit for error, limit in zip(errors, limits)):  # nan is not, either
         shown = ", ".join(f"{error:.1e} of {limit:.1e}" for error, limit in zip(errors, limits))
         raise ArithmeticError(f"it is wrong, the errors of output and gradients are {shown} allowed")
-    return rt.milliseconds(lambda: large.run(kernel))
+    compiled = rt.compile(kernel)
+    return rt.milliseconds(lambda: large.run(compiled))
 
 
-def pick_attention(run: Run, rows: int) -> Callable:
+def pick_attention(run: Run, shape: tuple[int, int]) -> Callable:
     """Return the attention function to use, called like `sdpa`."""
     h, rt = run.h, run.rt
     if h.attn_backend == "sdpa":
         return sdpa
     generator = torch.Generator(rt.device)
 
-    def make_trial(rows: int, dtype: torch.dtype) -> Trial:
+    def make_trial(rows: int, length: int, dtype: torch.dtype) -> Trial:
+        """Return random queries, keys and values of the model's heads, the same values in any type."""
         generator.manual_seed(0)
         tensors = []
         for heads in (h.num_heads, h.num_kv_heads, h.num_kv_heads, h.num_heads):  # q, k, v, and the output's gradient
-            shape = (rows, h.train_seq_len, heads, h.head_dim)
-            tensors.append(torch.randn(shape, generator=generator, device=rt.device).bfloat16().to(dtype))
+            drawn = torch.randn(rows, length, heads, h.head_dim, generator=generator, device=rt.device)
+            tensors.append(drawn.bfloat16().to(dtype))
         sources = tuple(x.requires_grad_() for x in tensors[:3])
         return Trial(sources, sources, tensors[3])
 
     def load(name: str) -> Callable:
+        """Return a kernel that treats the last queries of a sequence as it treats all."""
         attend = ATTENTION_KERNELS[name]()
-        q, k, v = make_trial(2, rt.dtype).arguments
+        q, k, v = make_trial(2, h.train_seq_len, rt.dtype).arguments
         with torch.no_grad():
             tail = attend(q[:, -h.stride :], k, v)  # as scoring needs it; FlashAttention before 2.1 aligned the starts
             [error] = relative_errors([tail], [attend(q, k, v)[:, -h.stride :].float()])
@@ -1996,11 +2017,11 @@ def pick_attention(run: Run, rows: int) -> Callable:
     wanted = ATTENTION_KERNELS if h.attn_backend == "auto" else [h.attn_backend]
     candidates = {name: functools.partial(load, name) for name in wanted}
     setting = f"ATTN_BACKEND={h.attn_backend}"
-    name = fastest_kernel(rt, setting, candidates, attention_definition, make_trial, rows)
+    name = fastest_kernel(rt, setting, candidates, attention_definition, make_trial, shape)
     return ATTENTION_KERNELS[name]()
 
 
-def pick_mlp(run: Run, rows: int) -> Callable | None:
+def pick_mlp(run: Run, shape: tuple[int, int]) -> Callable | None:
     """Return the fused function for `MLP.fused`, or None for the plain lines."""
     h, rt = run.h, run.rt
     if h.mlp_kernel == "plain":
@@ -2013,22 +2034,24 @@ def pick_mlp(run: Run, rows: int) -> Callable | None:
         drawn = torch.randn(w.shape, generator=generator, device=rt.device) * w.size(1) ** -0.5
         w.data = drawn.bfloat16().float()
 
-    def make_trial(rows: int, dtype: torch.dtype) -> Trial:
+    def make_trial(rows: int, length: int, dtype: torch.dtype) -> Trial:
+        """Return random inputs, the same values in any type."""
         generator.manual_seed(1)
-        shape = (2, rows, h.train_seq_len, h.model_dim)
-        x, output_grad = torch.randn(shape, generator=generator, device=rt.device).bfloat16().to(dtype)
-        x = x.requires_grad_()
-        return Trial((x, scale), (x, *mlp.parameters()), output_grad)
+        drawn = torch.randn(2, rows, length, h.model_dim, generator=generator, device=rt.device)
+        x, output_grad = drawn.bfloat16().to(dtype)
+        return Trial((x.requires_grad_(), scale), (x, *mlp.parameters()), output_grad)
 
     def load(name: str) -> Callable:
+        """Return the MLP with a kernel."""
         mlp.fused = MLP_KERNELS[name]()
-        return rt.compile(mlp)
+        return mlp
 
     candidates = {}
     for name in MLP_KERNELS:
         if h.mlp_kernel == "auto" or name.startswith(h.mlp_kernel):
             candidates[name] = functools.partial(load, name)
-    name = fastest_kernel(rt, f"MLP_KERNEL={h.mlp_kernel}", candidates, mlp, make_trial, rows)
+    setting = f"MLP_KERNEL={h.mlp_kernel}"
+    name = fastest_kernel(rt, setting, candidates, mlp, make_trial, shape)
     return MLP_KERNELS[name]()
 
 
@@ -2041,7 +2064,9 @@ def pick_kernels(run: Run) -> None:
     if h.trains:
         rows_per_step, grad_accum_steps = batch_plan(h, rt.world_size)
         rows = rows_per_step // grad_accum_steps
-    attend, fused = pick_attention(run, rows), pick_mlp(run, rows)
+    shape = (rows, h.train_seq_len)
+    attend = pick_attention(run, shape)
+    fused = pick_mlp(run, shape)
     for block in run.model.blocks:
         block.attn.attend = attend
         block.mlp.fused = fused
