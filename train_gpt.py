@@ -396,6 +396,28 @@ def read_environment(knobs: Iterable[str]) -> dict[str, str]:
 
 
 # =================================================== 2  RUNTIME =======================================================
+CGROUPS = Path("/sys/fs/cgroup")  # where Linux tells a container its limits
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use: its affinity mask's, or fewer by a container's quota.
+
+    `os.cpu_count` is the whole machine's: 64 threads on a quota of 4 cores mostly wait for each other.
+    """
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    version_1 = (CGROUPS / "cpu" / f"cpu.cfs_{name}_us" for name in ("quota", "period"))
+    for paths in ([CGROUPS / "cpu.max"], version_1):
+        try:
+            quota, period = " ".join(path.read_text() for path in paths).split()
+        except (OSError, ValueError):
+            continue
+        if quota.isdigit():  # no limit is max, or -1
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(1, cores)
+
+
 class Runtime:
     """The machine: device, ranks, collectives, compilation, clock and log. Nothing else mentions CUDA.
 
@@ -406,6 +428,7 @@ class Runtime:
         self.rank = int(os.environ.get("RANK", 0))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.device = self._pick_device(h.device)
         cuda = self.device.type == "cuda"
         # GPUs before Ampere emulate bfloat16. CPUs are as fast and more exact in float32 at test sizes.
@@ -416,11 +439,15 @@ class Runtime:
         # Inductor reads this when it is imported. On, the default since torch 2.10, it fuses row and column sums into
         # kernels that cost 6 ms a step (pytorch#179494) and gave wrong gradients in torch 2.10 (pytorch#190796).
         os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
+        # Its default is up to 32 workers for each process: 256 on a machine with 8 GPUs.
+        workers = min(32, max(1, available_cores() // self.local_world_size))
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(workers))
         for name in ("attn_backend", "mlp_kernel"):
             value = getattr(h, name)
             if not use_bfloat16 and value not in ("auto", "sdpa", "plain"):
                 knob = name.upper()
                 raise UserError(f"{knob}={value} needs an NVIDIA GPU with bfloat16 (Ampere or newer): set {knob}=auto")
+        self.compiler = CompilerWatch(self)
         self.lag = int(cuda)  # steps that the host may be ahead of the device
         self.pending = None  # the number that lagged_item returns next
         self.files = []  # train.log and metrics.jsonl, on rank 0
@@ -456,10 +483,9 @@ class Runtime:
 
     def _set_threads(self) -> None:
         """Share the cores between the processes of this machine. Ignore the OMP_NUM_THREADS=1 that torchrun sets."""
-        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         given = os.environ.get("OMP_NUM_THREADS", "")
-        if not given or (given == "1" and num_local > 1):
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local))
+        if not given or (given == "1" and self.local_world_size > 1):
+            torch.set_num_threads(max(1, available_cores() // self.local_world_size))
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Return the sum of `tensor` over the processes, in place."""
@@ -517,7 +543,7 @@ class Runtime:
         """Return `function` compiled for fixed shapes, or unchanged where compilation is off."""
         if not self.compiled:
             return function
-        return torch.compile(function, dynamic=False, fullgraph=True)
+        return self.compiler.watched(function, torch.compile(function, dynamic=False, fullgraph=True))
 
     def to_device(self, array: np.ndarray) -> Tensor:
         """Return the array as int64 on the device; the host does not wait for the copy."""
@@ -597,8 +623,64 @@ class Runtime:
 
     def close(self) -> None:
         """Leave the process group."""
+        self.compiler.close()
         if self.world_size > 1:
             dist.destroy_process_group()
+
+
+SLOW_COMPILE_SECONDS = 1.0  # from which on a compilation is worth a line
+
+
+class CompilerWatch:
+    """Logs what torch.compile compiles and how long it takes, and warns of what is compiled after the preflight, in
+    time that counts."""
+
+    def __init__(self, rt: Runtime):
+        self.rt = rt
+        self.seconds: list[float] = []  # of each compilation so far
+        self.num_late = 0  # compilations after the preflight
+        self.preflight_is_over = False
+        self.called = ""  # the compiled function that was called last
+        self.start = 0.0  # of the compilation in progress
+        self.handler = None
+        if rt.compiled:
+            self.handler = importlib.import_module("torch._dynamo.callback").callback_handler
+            self.handler.register_start_callback(self._on_start)
+            self.handler.register_end_callback(self._on_end)
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self.handler is not None:
+            self.handler.remove_start_callback(self._on_start)
+            self.handler.remove_end_callback(self._on_end)
+            self.handler = None
+
+    def watched(self, function: Callable, compiled: Callable) -> Callable:
+        """Return the compiled function, which will be known by the name of `function`."""
+        name = getattr(function, "__qualname__", type(function).__name__)
+
+        def call(*args: Any) -> Any:
+            """Call the compiled function. It is compiled at its first call, and again when it meets a new shape."""
+            self.called = name
+            return compiled(*args)
+
+        return call
+
+    def _on_start(self, _: Any) -> None:
+        self.start = time.perf_counter()
+
+    def _on_end(self, args: Any) -> None:
+        seconds = time.perf_counter() - self.start
+        self.seconds.append(seconds)
+        name = self.called
+        if args.callback_trigger.name == "LAZY_BACKWARD":
+            name += ", backward"
+        self.rt.record("compile", name=name, seconds=seconds, after_preflight=self.preflight_is_over)
+        if self.preflight_is_over:
+            self.num_late += 1
+            self.rt.log(f"WARNING: {name} was compiled after the preflight, in {seconds:.1f}s that count")
+        elif seconds > SLOW_COMPILE_SECONDS:
+            self.rt.log(f"compiled {name} in {seconds:.1f}s")
 
 
 class Progress:
@@ -2091,7 +2173,11 @@ def preflight(run: Run) -> float:
     with torch.no_grad():
         torch._foreach_copy_(parameters, initial)
     seconds = rt.now() - start
-    rt.log(f"preflight: the whole pipeline ran on random tokens in {seconds:.1f}s, before the clock starts")
+    compiled = ""
+    if rt.compiled:
+        compiled = f", {len(rt.compiler.seconds)} graphs compiled in {sum(rt.compiler.seconds):.1f}s of it"
+    rt.log(f"preflight: the whole pipeline ran on random tokens in {seconds:.1f}s{compiled}, before the clock starts")
+    rt.compiler.preflight_is_over = True
     return seconds
 
 
@@ -2560,11 +2646,15 @@ class Scorer:
     @torch.no_grad()
     def score(self, windows: np.ndarray) -> tuple[Tensor, int]:
         """Score the targets of consecutive windows. Return the nats and bytes of those that this rank scored."""
-        max_rows = min(self.run.h.eval_batch_seqs, len(self.windows))
+        rows = self.run.h.eval_batch_seqs
+        full_rows = rows  # as in a plain score: one window alone would be a graph of its own, 25 s of compiling
+        if not self.run.rt.compiled:  # rows for nothing would only take time
+            rows = min(rows, len(self.windows))
+            full_rows = 1
         is_full = windows[:, 2] - windows[:, 1] > self.stride  # the text's first window: all its positions are scored
-        full_loss, full_bytes = self._score_batches(windows[is_full], self.length, rows=1)
+        full_loss, full_bytes = self._score_batches(windows[is_full], self.length, full_rows)
         last_n = min(self.stride, self.length)
-        strided_loss, strided_bytes = self._score_batches(windows[~is_full], last_n, rows=max_rows)
+        strided_loss, strided_bytes = self._score_batches(windows[~is_full], last_n, rows)
         return full_loss + strided_loss, full_bytes + strided_bytes
 
     def _score_batches(self, windows: np.ndarray, last_n: int, rows: int) -> tuple[Tensor, int]:
@@ -2867,6 +2957,7 @@ def report(run: Run, score: Score, stats: dict[str, Any]) -> None:
     result = {"run_id": rt.run_dir.name, "seed": h.seed, "kind": kind, **score._asdict(), **stats}
     result |= {"bytes_code": len(run.code), "code_form": code_form(run.code), "bytes_total": total_bytes}
     result |= {"compliant": not breaks, "rule_breaks": breaks, "machine": rt.describe()}
+    result["graphs_compiled_after_preflight"] = rt.compiler.num_late
     result |= {"code_sha256": hashlib.sha256(run.code).hexdigest(), "settings": h.values()}
     rt.record("final", **result)
     if rt.rank == 0:

@@ -223,7 +223,9 @@ class Auditor:
         weights = {name: w.clone() for name, w in self.decoded(run, artifact_sha256).items()}
         excerpt = self.excerpt(run)
         rt.log(f"audit: proofs on {excerpt.val.num_targets:,} targets in chunks of {excerpt.h.ttt_chunk_tokens:,}")
-        proofs = {"artifact": self.prove_artifact(run, weights)}
+        num_late = int(rt.all_reduce(torch.tensor(rt.compiler.num_late)))  # before the proofs below compile theirs
+        says = f"{num_late} graphs were compiled after the preflight, in time that counts"
+        proofs = {"graphs": {"passed": num_late == 0, "says": says}, "artifact": self.prove_artifact(run, weights)}
         try:
             with deterministic(rt):
                 probe = Probe(self.script, excerpt, weights)

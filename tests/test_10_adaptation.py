@@ -21,7 +21,7 @@ import train_gpt as t
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of this size run faster on one thread, and alike on every machine."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(t, "available_cores", lambda: 1)
 
 
 def adapted_nll(run: t.Run) -> torch.Tensor:

@@ -59,7 +59,9 @@ def test_functions_are_compiled_only_where_that_is_on(runtime: Callable, monkeyp
     calls = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: calls.append(options) or "compiled")
     assert runtime(compile="auto").compile(len) is len and runtime(compile="0").compile(len) is len and not calls
-    assert runtime(compile="1").compile(len) == "compiled"
+    rt = runtime(compile="1")
+    monkeypatch.setattr(torch, "compile", lambda function, **options: calls.append(options) or (lambda x: (x, rt)))
+    assert rt.compile(len)("x") == ("x", rt) and rt.compiler.called == "len"
     assert calls == [{"dynamic": False, "fullgraph": True}]  # a graph break or a new shape is an error, not a slow run
 
 
@@ -74,14 +76,13 @@ def test_the_seed_fixes_the_generator(runtime: Callable) -> None:
         (12, 1, "", [12]),
         (12, 3, "", [4]),
         (2, 3, "", [1]),
-        (None, 1, "", [1]),
         (12, 1, "1", []),  # the user's own choice, which torch reads itself
         (12, 3, "2", []),
         (12, 3, "1", [4]),  # torchrun's own doing
     ],
 )
 def test_the_processes_of_a_machine_share_its_cores(
-    num_cores: int | None,
+    num_cores: int,
     num_processes: int,
     given: str,
     chosen: list[int],
@@ -89,12 +90,82 @@ def test_the_processes_of_a_machine_share_its_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
+    monkeypatch.setattr(t, "available_cores", lambda: num_cores)
     monkeypatch.setattr(torch, "set_num_threads", calls.append)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_processes))
     monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
     runtime()
     assert calls == chosen
+    # torch.compile's workers share them as well; its own default is up to 32 for each process.
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == str(max(1, num_cores // num_processes))
+
+
+@pytest.mark.parametrize(
+    ("files", "affinity", "count", "expected"),
+    [
+        ({}, {0, 1, 2}, 8, 3),  # taskset, or a scheduler's mask
+        ({}, None, 8, 8),  # a Mac has no masks
+        ({}, None, None, 1),
+        ({"cpu.max": "400000 100000\n"}, set(range(64)), 64, 4),
+        ({"cpu.max": "150000 100000\n"}, set(range(64)), 64, 2),  # 1.5 cores
+        ({"cpu.max": "400000 100000\n"}, {0, 1}, 64, 2),
+        ({"cpu.max": "max 100000\n"}, set(range(64)), 64, 64),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, set(range(64)), 64, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, set(range(64)), 64, 64),
+        ({"cpu.max": "nonsense\n"}, {0, 1}, 64, 2),
+    ],
+)
+def test_the_cores_of_a_process_are_those_of_its_mask_and_its_containers_quota(
+    files: dict, affinity: set | None, count: int | None, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(t, "CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "cpu_count", lambda: count)
+    if affinity is None:
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    else:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: affinity, raising=False)
+    assert t.available_cores() == expected
+
+
+def test_what_is_compiled_is_timed_and_named_and_after_the_preflight_a_warning(
+    runtime: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a real compilation, of functions whose shapes change, and of a gradient."""
+    torch.compiler.reset()
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="aot_eager", **options))
+    monkeypatch.setattr(t, "SLOW_COMPILE_SECONDS", 0.0)
+    rt = runtime(compile="1")
+    rt.open_log("")
+    handler = sys.modules["torch._dynamo.callback"].callback_handler
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    doubled = rt.compile(double)
+    for length in (3, 3, 4):
+        doubled(torch.ones(length))
+    x = torch.ones(3, requires_grad=True)
+    doubled(x).sum().backward()
+    rt.compiler.preflight_is_over = True
+    doubled(torch.ones(4))
+    assert rt.compiler.num_late == 0
+    doubled(torch.ones(5))
+    assert rt.compiler.num_late == 1
+    rt.compiler.close()
+    doubled(torch.ones(6))  # of another run
+    assert rt.compiler.num_late == 1 and not handler.start_callbacks and not handler.end_callbacks
+    events = [json.loads(line) for line in (rt.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [event["after_preflight"] for event in events] == [False] * (len(events) - 1) + [True]
+    assert len(events) == len(rt.compiler.seconds) >= 4  # lengths 3, 4, 3 with a gradient, 5
+    lines = (rt.run_dir / "train.log").read_text().splitlines()
+    assert lines[0].startswith(f"compiled {double.__qualname__} in ") and lines[0].endswith("s")
+    assert lines[-1].startswith(f"WARNING: {double.__qualname__} was compiled after the preflight, in ")
+    assert sum(event["seconds"] for event in events) == sum(rt.compiler.seconds) > 0
 
 
 def test_an_array_arrives_as_int64_with_the_same_values(runtime: Callable) -> None:

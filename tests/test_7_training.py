@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ import train_gpt as t
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of this size run faster on one thread, and alike on every machine."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(t, "available_cores", lambda: 1)
 
 
 def snapshot(run: t.Run) -> dict[str, torch.Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
-import os
 import pickle
 import random
 import struct
@@ -54,7 +53,7 @@ SMALL = {
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of this size run faster on one thread, and alike on every machine."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(t, "available_cores", lambda: 1)
 
 
 # ------------------------------------------------------------------------------------------------ the quantizer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import random
 from collections.abc import Callable
 
@@ -18,7 +17,7 @@ import train_gpt as t
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of this size run faster on one thread, and alike on every machine."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(t, "available_cores", lambda: 1)
 
 
 def score_nll(run: t.Run, stride: int) -> torch.Tensor:
@@ -127,6 +126,20 @@ def test_scores_do_not_depend_on_the_number_of_ranks(make_run: Callable, world_s
         assert parts.isfinite().any(1).all(), "every rank has work"
 
 
+@pytest.mark.parametrize("num_targets", [20, 40, 203])
+def test_a_compiled_run_pads_every_batch_to_one_shape_and_scores_the_same(make_run: Callable, num_targets: int) -> None:
+    """Of a text with fewer windows than a batch, too: otherwise the preflight would have compiled another shape."""
+    scores = []
+    for compiled in (False, True):
+        run, rows = make_run(num_targets), set()
+        token_nll = run.token_nll
+        run = run._replace(token_nll=lambda x, y, f=token_nll, rows=rows: (rows.add(len(x)), f(x, y))[1])
+        run.rt.compiled = compiled
+        scores.append(t.eval_val_sliding(run).val_loss)
+    assert rows == {4}
+    assert scores[1] == pytest.approx(scores[0], rel=1e-6)  # a product of more rows may add in another order
+
+
 def test_bits_per_byte_are_nats_over_ln_2_and_bytes(make_run: Callable) -> None:
     run = make_run(101)
     target_bytes = torch.arange(101, dtype=torch.int16) % 5 + 1
@@ -207,10 +220,14 @@ def test_a_window_in_the_place_of_another_stops_the_run(make_run: Callable) -> N
         scorer.result()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("ladder", [False, True])
-def test_scoring_has_two_shapes_and_no_pass_that_nobody_asked_for(make_run: Callable, ladder: bool) -> None:
+def test_scoring_has_few_shapes_and_no_pass_that_nobody_asked_for(
+    make_run: Callable, ladder: bool, compiled: bool
+) -> None:
     """A shape more is a graph more to compile, in the 600 seconds; PR 1092 scored everything once more than needed."""
     run = make_run(203, eval_ladder=ladder, ttt_lr=0.0)  # 203 targets: neither windows nor batches come out even
+    run.rt.compiled = compiled
     shapes, scored = [], []
 
     def spy(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -220,6 +237,8 @@ def test_scoring_has_two_shapes_and_no_pass_that_nobody_asked_for(make_run: Call
         return run.model.token_nll(x, y)
 
     t.evaluate(run._replace(token_nll=spy))
-    # The text's first window alone, and full batches: of 4 windows with all their targets, or with the last 8.
-    assert set(shapes) == {((1, 32), (1, 32)), ((4, 32), (4, 32)), ((4, 32), (4, 8))}
+    # Full batches: of 4 windows with all their targets, or with the last 8. Compiled, the text's first window has the
+    # former shape too, and padding; without compilation it is alone.
+    first = ((4, 32), (4, 32)) if compiled else ((1, 32), (1, 32))
+    assert set(shapes) == {first, ((4, 32), (4, 32)), ((4, 32), (4, 8))}
     assert sum(scored) == (3 if ladder else 2) * 203

@@ -265,6 +265,25 @@ def test_a_text_too_short_for_the_proofs_is_refused(make_run: Callable) -> None:
         prove(make_run(num_targets=64))
 
 
+def test_a_graph_that_is_compiled_after_the_preflight_fails_the_audit(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auditor = audit.Auditor.__new__(audit.Auditor)  # without its hooks, which nobody could take away again
+    auditor.script, auditor.watch = t, SimpleNamespace(phase="")
+    run = make_run(**TEXT)
+    for name, result in (("decoded", {}), ("prove_artifact", {"passed": True, "says": ""}), ("watched", {})):
+        monkeypatch.setattr(audit.Auditor, name, lambda *_, result=result: result)
+    monkeypatch.setattr(audit.Auditor, "excerpt", lambda self, run: run)
+    monkeypatch.setattr(audit.Auditor, "note_skipped_stages", lambda self, h: None)
+    monkeypatch.setattr(audit, "Probe", lambda *_: None)
+    monkeypatch.setattr(audit, "PROBES", {})
+    monkeypatch.setattr(t, "write_atomically", lambda *_: None)
+    auditor.prove(run, "")
+    run.rt.compiler.num_late = 1
+    with pytest.raises(t.UserError, match=r"the audit failed \(graphs\)"):
+        auditor.prove(run, "")
+
+
 # ---- real processes ----
 
 
@@ -281,7 +300,7 @@ def test_a_real_run_is_watched_from_its_start_and_proven_at_its_end(
     compliance = json.loads((folder / "compliance.json").read_text())
     result = json.loads((folder / "submission.json").read_text())
     assert compliance["passed"] is True and all(proof["passed"] for proof in compliance["proofs"].values())
-    assert {*compliance["proofs"]} == {*audit.PROBES, "artifact", "files", "network"}
+    assert {*compliance["proofs"]} == {*audit.PROBES, "graphs", "artifact", "files", "network"}
     for key in ("artifact_sha256", "code_sha256", "seed", "run_id"):
         assert compliance[key] == result[key]
     paths = {name: value for name, value in result["settings"].items() if name.endswith("_path")}
