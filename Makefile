@@ -72,6 +72,10 @@ submission-demo: .venv/tools ## three seeds of the demonstration, audited, packa
 	$(BIN)/python records/check.py logs/submission-demo/track_*/*
 	$(BIN)/python records/report.py $(DEMO_RUNS) --out logs/submission-demo/report
 
+bench: .venv/run ## time a step and its parts, scoring, export, start-up on this machine: make bench CONFIG=pr1092 VS=MLP_KERNEL=plain
+	@set -a; for name in $(CONFIG); do source records/env/$$name.env || exit; done; \
+	$(BIN)/python tests/bench.py $(if $(VS),--vs $(VS)) $(if $(STAGES),--stages $(STAGES))
+
 bench-data: .venv/test ## measure encoding, opening of shards and shuffled loading here: make bench-data DOCS=some.jsonl
 	$(BIN)/python tests/bench_data.py $(DOCS)
 
@@ -91,4 +95,4 @@ lint: .venv/test ## check style and types
 clean: ## remove what these commands made, except logs/
 	rm -rf .venv data/datasets/demo_sp1024 data/tokenizers/demo_1024_bpe.model .pytest_cache .ruff_cache
 
-.PHONY: help setup demo data verify-data train fidelity audit report architecture submission-demo bench-data test test-fast lint clean
+.PHONY: help setup demo data verify-data train fidelity audit report architecture submission-demo bench bench-data test test-fast lint clean
