@@ -131,6 +131,18 @@ def test_the_cores_of_a_process_are_those_of_its_mask_and_its_containers_quota(
     assert t.available_cores() == expected
 
 
+def test_mix_order_reductions_are_off_unless_the_user_turns_them_on(
+    runtime: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "TORCHINDUCTOR_MIX_ORDER_REDUCTION"
+    monkeypatch.delenv(name, raising=False)
+    runtime()
+    assert os.environ[name] == "0"
+    monkeypatch.setenv(name, "1")
+    runtime()
+    assert os.environ[name] == "1"
+
+
 def test_what_is_compiled_is_timed_and_named_and_after_the_preflight_a_warning(
     runtime: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
