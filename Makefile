@@ -73,6 +73,7 @@ submission-demo: .venv/tools ## three seeds of the demonstration, audited, packa
 	$(BIN)/python records/report.py $(DEMO_RUNS) --out logs/submission-demo/report
 
 bench: .venv/run ## time a step and its parts, scoring, export, start-up on this machine: make bench CONFIG=pr1092 VS=MLP_KERNEL=plain
+	@test -z "$(CONFIG)" || ls $(CONFIG:%=records/env/%.env) > /dev/null 2>&1 || { echo "CONFIG=$(CONFIG): not of: $$(cd records/env && ls *.env | sed 's/.env//' | xargs)"; exit 2; }
 	@set -a; for name in $(CONFIG); do source records/env/$$name.env || exit; done; \
 	$(BIN)/python tests/bench.py $(if $(VS),--vs $(VS)) $(if $(STAGES),--stages $(STAGES))
 

@@ -418,6 +418,15 @@ def available_cores() -> int:
     return max(1, cores)
 
 
+def refuse_kernels(h: Hyperparameters) -> None:
+    """Raise UserError where the settings ask for a kernel. For machines without a GPU that has bfloat16."""
+    for name, elsewhere in (("attn_backend", "sdpa"), ("mlp_kernel", "plain")):
+        value = getattr(h, name)
+        if value not in ("auto", elsewhere):
+            knob = name.upper()
+            raise UserError(f"{knob}={value} needs an NVIDIA GPU with bfloat16 (Ampere or newer): set {knob}=auto")
+
+
 class Runtime:
     """The machine: device, ranks, collectives, compilation, clock and log. Nothing else mentions CUDA.
 
@@ -436,17 +445,9 @@ class Runtime:
         self.dtype = torch.bfloat16 if use_bfloat16 else torch.float32
         self.sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
         self.compiled = cuda if h.compile == "auto" else h.compile == "1"
-        # Inductor reads this when it is imported. On, the default since torch 2.10, it fuses row and column sums into
-        # kernels that cost 6 ms a step (pytorch#179494) and can give wrong gradients in silence (pytorch#193061).
-        os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
-        # Its default is up to 32 workers for each process: 256 on a machine with 8 GPUs.
-        workers = min(32, max(1, available_cores() // self.local_world_size))
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(workers))
-        for name in ("attn_backend", "mlp_kernel"):
-            value = getattr(h, name)
-            if not use_bfloat16 and value not in ("auto", "sdpa", "plain"):
-                knob = name.upper()
-                raise UserError(f"{knob}={value} needs an NVIDIA GPU with bfloat16 (Ampere or newer): set {knob}=auto")
+        if not use_bfloat16:
+            refuse_kernels(h)
+        self._set_compiler_defaults()
         self.compiler = CompilerWatch(self)
         self.lag = int(cuda)  # steps that the host may be ahead of the device
         self.pending = None  # the number that lagged_item returns next
@@ -486,6 +487,15 @@ class Runtime:
         given = os.environ.get("OMP_NUM_THREADS", "")
         if not given or (given == "1" and self.local_world_size > 1):
             torch.set_num_threads(max(1, available_cores() // self.local_world_size))
+
+    def _set_compiler_defaults(self) -> None:
+        """Set what Inductor reads when it is imported, unless the user has."""
+        # On, the default since torch 2.10, it fuses row and column sums into kernels that cost 6 ms a step
+        # (pytorch#179494) and can give wrong gradients in silence (pytorch#193061).
+        os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
+        # The default is up to 32 workers for each process: 256 on a machine with 8 GPUs.
+        num_workers = min(32, max(1, available_cores() // self.local_world_size))
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(num_workers))
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Return the sum of `tensor` over the processes, in place."""
@@ -1006,7 +1016,7 @@ def torch_attention(backend: SDPBackend) -> Callable:
         kernel = backend
         if q.size(1) < k.size(1):
             kernel = SDPBackend.EFFICIENT_ATTENTION
-        if kernel == SDPBackend.EFFICIENT_ATTENTION:  # it does not support grouped heads
+        elif backend == SDPBackend.EFFICIENT_ATTENTION:  # it does not support grouped heads
             k, v = repeat_heads(k, q), repeat_heads(v, q)
         with sdpa_kernel(kernel):
             return sdpa(q, k, v)
@@ -1388,14 +1398,13 @@ def fused_mlp(tile: int) -> Callable:
     return fused
 
 
-# MLP_KERNEL -> kernel -> a function that loads it. None stands for the plain lines in `MLP.forward`.
-PLAIN_MLP = {"plain": lambda: None}
-FUSED_MLP = {
+# Kernel -> a function that loads it. None stands for the plain lines in `MLP.forward`.
+MLP_KERNELS = {
+    "plain": lambda: None,
     "fused256": lambda: fused_mlp(0),
     "fused128": lambda: fused_mlp(1),
     "fused128shallow": lambda: fused_mlp(2),
 }
-MLP_KERNELS = {"auto": PLAIN_MLP | FUSED_MLP, "plain": PLAIN_MLP, "fused": FUSED_MLP}
 
 
 class MLP(nn.Module):
@@ -2132,9 +2141,11 @@ def pick_attention(run: Run, shape: tuple[int, int]) -> Callable:
 def pick_mlp(run: Run, block: Block, shape: tuple[int, int]) -> Callable | None:
     """Return the fused function for the block's `MLP.fused`, or None for the plain lines."""
     h, rt = run.h, run.rt
-    candidates = MLP_KERNELS[h.mlp_kernel]
     if h.mlp_kernel == "plain":
         return None
+    candidates = dict(MLP_KERNELS)
+    if h.mlp_kernel == "fused":
+        del candidates["plain"]
     generator = torch.Generator(rt.device)
     generator.manual_seed(0)
     mlp = copy.deepcopy(block.mlp)

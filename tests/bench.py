@@ -37,15 +37,8 @@ import train_gpt as t  # noqa: E402
 
 # Dense bfloat16 peaks in TFLOP/s, from the makers' data sheets, by a part of the device's name.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0, "B200": 2250.0}
-# The size of records/env/bench.env, for machines without a GPU.
-SMALL = {
-    "num_layers": 4,
-    "model_dim": 128,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "train_seq_len": 256,
-    "train_batch_tokens": 16_384,
-}
+# What records/env/bench.env sets of these is the size for machines without a GPU.
+SIZES = {"num_layers", "model_dim", "num_heads", "num_kv_heads", "train_seq_len", "train_batch_tokens"}
 
 
 def training_flops(h: t.Hyperparameters, model: torch.nn.Module) -> float:
@@ -152,12 +145,12 @@ class Case:
         t.decode(self.blob, "the benchmark's artifact")
 
 
-# Stage -> (what comes before it, untimed; the methods that are timed, in order).
-STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "step": ("", ("forward", "forward_backward", "optimizer", "averages", "load_batch", "step")),
-    "score": ("", ("score",)),
-    "adapt": ("", ("adapt",)),
-    "export": ("", ("quantize", "compress", "reload")),
+# Stage -> the methods that are timed, in order; method -> another one that comes before it, untimed.
+STAGES = {
+    "step": ("forward", "forward_backward", "optimizer", "averages", "load_batch", "step"),
+    "score": ("score",),
+    "adapt": ("adapt",),
+    "export": ("quantize", "compress", "reload"),
 }
 PREPARE = {"optimizer": "prepare_optimizer", "load_batch": "prepare_loader", "step": "prepare_loader"}
 MAX_SECONDS = 8.0  # for the samples of a figure, of which there are at least three
@@ -176,7 +169,7 @@ def measure(cases: list[Case], stages: list[str], repeats: int) -> dict[str, lis
     """Returns, for each method, the milliseconds of each case: lists of samples, taken in turns between the cases."""
     samples = {}
     for stage in stages:
-        for name in STAGES[stage][1]:
+        for name in STAGES[stage]:
             for case in cases:
                 time_once(case, name)
                 time_once(case, name)
@@ -282,21 +275,40 @@ def parse_arguments() -> argparse.Namespace:
     names = [*STAGES, "startup"]
     parser.add_argument("--stages", nargs="+", choices=names, default=names, help="what to measure (%(default)s)")
     parser.add_argument("--repeats", type=int, default=20, help="samples of a figure (%(default)s)")
-    parser.add_argument("--vs", metavar="VAR=VALUE", help="a setting to compare with, in turns")
+    parser.add_argument("--vs", metavar="VAR=VALUE", help="a setting to compare with, in turns (start-up is left out)")
     parser.add_argument(
         "--profile", action="store_true", help="write a trace, print the 30 dearest operations of a step"
     )
     parser.add_argument("--preflight", metavar="JSON", help=argparse.SUPPRESS)  # of `start_up`, in a process of its own
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.repeats < 1:
+        parser.error(f"--repeats {arguments.repeats}: a figure needs at least one sample")
+    if arguments.vs and arguments.stages == ["startup"]:
+        parser.error("--vs does not compare start-up: choose other stages")
+    return arguments
 
 
 def size_for(h: t.Hyperparameters) -> dict[str, Any]:
     """Returns the settings of the small size that the caller left alone, if there is no GPU."""
-    has_gpu = h.device != "cpu" and (torch.cuda.is_available() or torch.backends.mps.is_available())
-    return {} if has_gpu else {name: value for name, value in SMALL.items() if name not in h.given}
+    if h.device != "cpu" and (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        return {}
+    lines = (ROOT / "records" / "env" / "bench.env").read_text().splitlines()
+    small = dict(line.lower().split("=", 1) for line in lines if "=" in line)
+    return {name: int(small[name]) for name in sorted(SIZES - h.given.keys())}
 
 
-def compare(cases: list[Case], samples: dict[str, list[list[float]]], vs: str) -> dict[str, Any]:
+def parse_setting(text: str) -> dict[str, Any]:
+    """Returns the setting of VAR=VALUE as the script's own parser reads it; UserError if there is none like it."""
+    knobs = {name.upper(): knob for name, knob in t.Hyperparameters.knobs().items()}
+    name, equals, value = text.partition("=")
+    if name not in knobs:
+        raise t.UserError(f"--vs {text}: {name} is not a setting{t.suggest(name, knobs)}")
+    if not equals:
+        raise t.UserError(f"--vs {text}: which value? Write {name}=VALUE")
+    return {name.lower(): knobs[name].parse(name, value)}
+
+
+def compare(samples: dict[str, list[list[float]]], vs: str) -> dict[str, Any]:
     """Prints and returns, for each method, the ratio of the second case's time to the first's, with its interval."""
     ratios = {}
     print(f"\n{vs} against the settings as they are: ratio of times, below 1 is faster")
@@ -321,13 +333,7 @@ def main() -> None:
         cases = [Case(folder, **settings)]
         case = cases[0]
         if arguments.vs:
-            name, _, value = arguments.vs.partition("=")
-            kind = t.Hyperparameters.knobs().get(name.lower())
-            if kind is None:
-                raise SystemExit(
-                    f"--vs {arguments.vs}: {name} is no setting{t.suggest(name.lower(), t.Hyperparameters.knobs())}"
-                )
-            cases.append(Case(folder, **{**settings, name.lower(): kind.parse(name, value)}))
+            cases.append(Case(folder, **{**settings, **parse_setting(arguments.vs)}))
         stages = [stage for stage in arguments.stages if stage in STAGES]
         samples = measure(cases, stages, arguments.repeats)
         medians = {name: statistics.median(values[0]) for name, values in samples.items()}
@@ -341,7 +347,7 @@ def main() -> None:
         for name, value in rows.items():
             print(f"  {name:46} {value:14,.3f}")
         if arguments.vs:
-            table["vs"] = {"setting": arguments.vs, "ratios": compare(cases, samples, arguments.vs)}
+            table["vs"] = {"setting": arguments.vs, "ratios": compare(samples, arguments.vs)}
         out = ROOT / "logs" / "bench"
         out.mkdir(parents=True, exist_ok=True)
         if arguments.profile:
