@@ -84,6 +84,7 @@ class Knob:
 
     def __init__(self, default: Any, allowed: tuple | None, meaning: str):
         self.default = default
+        self.kind = type(default)
         self.allowed = allowed
         self.meaning = meaning
 
@@ -92,29 +93,27 @@ class Knob:
 
     def parse(self, name: str, value: Any) -> Any:
         """Return `value`, environment text or a Python value, as this knob's type. Raise UserError if not allowed."""
-        kind = type(self.default)
         try:
-            if kind is bool:
+            if self.kind is bool:
                 return _parse_bool(value)
-            if kind is str:
+            if self.kind is str:
                 return _parse_text(value, self.allowed)
             low, high = self.allowed or (-math.inf, math.inf)
-            return _parse_number(value, kind, low, high)
+            return _parse_number(value, self.kind, low, high)
         except (ValueError, OverflowError):
             fix = f"it must be {self._form()} (default {self.default}): {self.meaning}"
             raise UserError(f"{name.upper()}={value} is not allowed, {fix}") from None
 
     def _form(self) -> str:
         """Return what is allowed, in words."""
-        kind = type(self.default)
-        if kind is bool:
+        if self.kind is bool:
             return "0 or 1"
         if self.allowed is None:
-            return f"of type {kind.__name__}"
-        if kind is str:
+            return f"of type {self.kind.__name__}"
+        if self.kind is str:
             return f"one of {', '.join(self.allowed)}"
         low, high = self.allowed
-        return f"of type {kind.__name__}, from {low} to {high}"
+        return f"of type {self.kind.__name__}, from {low} to {high}"
 
 
 def _parse_bool(value: Any) -> bool:
@@ -143,6 +142,21 @@ def _parse_number(value: Any, kind: type, low: float, high: float) -> Any:
     if type(value) is not kind or not low <= value <= high:
         raise ValueError
     return value
+
+
+class AutoKnob(Knob):
+    """A number of a range, whose type is that of its bounds; or auto, the default, which leaves it to the run."""
+
+    def __init__(self, allowed: tuple, meaning: str):
+        super().__init__("auto", allowed, meaning)
+        self.kind = type(allowed[0])
+
+    def parse(self, name: str, value: Any) -> Any:
+        """Return "auto" or a number. Raise UserError if not allowed."""
+        return value if value == "auto" else super().parse(name, value)
+
+    def _form(self) -> str:
+        return f"auto, or {super()._form()}"
 
 
 class ModelKnob(Knob):
@@ -246,9 +260,7 @@ class Hyperparameters:
     bigram_bits = Knob(8, (2, 16), "stored bits of the hash tables")
     proj_bits = Knob(16, (2, 16), "stored bits of the projections of hash table and value embedding")
     fp16_keep_name_patterns = Knob("", None, "comma-separated parts of names; such tensors are stored in fp16")
-    quant_floor = Knob(
-        "auto", None, "smallest clip of a row; auto: the smallest with which code + model fit SIZE_LIMIT"
-    )
+    quant_floor = AutoKnob((0.0, 1e3), "smallest clip of a row; auto: the smallest with which the file fits SIZE_LIMIT")
     prune_frac = Knob(0.0, (0.0, 0.9), "zero this part of each quantized matrix, smallest magnitudes first")
     compressor = Knob("zstd", ("zstd", "lzma"), "zstd: level 22; lzma: preset 9, extreme")
     size_of_code = Knob("packed", ("packed", "raw"), "form of the script that is shipped, counted and fitted against")
@@ -318,11 +330,8 @@ class Hyperparameters:
                 "use the forms 9,10 and mlp.proj:3,mlp.fc:0.5"
             ) from None
         self.ve_blocks = sorted({i + self.num_layers if i < 0 else i for i in indices})
-        number = Knob(0.0, (0.0, 1e3), "a plain number (or auto, for QUANT_FLOOR)")
+        number = Knob(0.0, (0.0, 1e3), "a plain number")
         self.ttt_multipliers = {part: number.parse("ttt_lr_groups", factor) for part, factor in multipliers}
-        self.fixed_quant_floor = None  # None: search for the smallest that fits
-        if self.quant_floor != "auto":
-            self.fixed_quant_floor = number.parse("quant_floor", self.quant_floor)
         self.fp16_patterns = [part for part in self.fp16_keep_name_patterns.split(",") if part]
 
     def _check_model(self) -> None:
@@ -2364,14 +2373,14 @@ def fit_artifact(run: Run, weights: dict[str, Tensor]) -> tuple[bytes, float]:
     prepared = prepare_weights(run, weights, h.prune_frac)
     matrices = [p for p in prepared if p.clips is not None]
     num_codes = sum(p.values.numel() for p in matrices)
-    quant_floor = h.fixed_quant_floor or 0.0
+    quant_floor = 0.0 if h.quant_floor == "auto" else h.quant_floor
     best = None
     for _ in range(10):
         blob = encode(h, quantize_weights(prepared, quant_floor), quant_floor, h.compressor)
         rt.log(f"quantized: floor {quant_floor:.5f} gives {len(blob):,} of {budget:,} bytes")
         if len(blob) <= budget and (best is None or quant_floor < best[1]):
             best = (blob, quant_floor)
-        if h.fixed_quant_floor is not None or not matrices:
+        if h.quant_floor != "auto" or not matrices:
             break
         if best and (quant_floor == 0 or len(best[0]) > 0.999 * budget):
             break

@@ -296,7 +296,7 @@ def test_a_knob_of_the_model_changes_its_shapes(tiny: Settings, name: str, value
 
 
 OTHER_TEXTS = {
-    "quant_floor": "0.5",
+    "quant_floor": 0.5,
     "fp16_keep_name_patterns": "tok_emb",
     "ttt_lr_groups": "mlp.proj:3",
     "eval_seq_len": 64,
