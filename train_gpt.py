@@ -24,6 +24,7 @@ import base64
 import collections
 import concurrent.futures
 import copy
+import ctypes
 import difflib
 import functools
 import hashlib
@@ -186,6 +187,11 @@ class Hyperparameters:
     seed = Knob(1337, (0, 2**31 - 1), "seeds the initial weights, the training order and the preflight's tokens")
     device = Knob("auto", ("auto", "cuda", "mps", "cpu"), "auto: the first of these that is available")
     compile = Knob("auto", ("auto", "0", "1"), "torch.compile; auto: on CUDA only")
+    dtype = Knob(
+        "auto",
+        ("auto", "float32", "bfloat16"),
+        "type of activations; auto: bfloat16 on GPUs that have it, and compiled on a CPU where it wins a trial",
+    )
     attn_backend = Knob(
         "auto",
         ("auto", "fa3", "fa2", "cudnn", "flash", "efficient", "sdpa"),
@@ -204,7 +210,9 @@ class Hyperparameters:
     warmdown_iters = Knob(0, (0, BIG), "the same in steps; overrides the fraction when not 0")
     warmup_steps = Knob(20, (1, 1000), "untimed preflight steps on random tokens (at most 2 without compilation)")
     train_batch_tokens = Knob(786_432, (1, BIG), "tokens per optimizer step, over all processes")
-    micro_batch_tokens = Knob(98_304, (1, BIG), "maximum tokens per forward and backward pass on one device")
+    micro_batch_tokens = AutoKnob(
+        (1, BIG), "maximum tokens per forward and backward pass on one device; auto: what fits (CPU: 4096)"
+    )
     train_seq_len = ModelKnob(2048, (2, 2**20), "positions T of a training sequence")
     loader = Knob("shuffled", ("shuffled", "sequential"), "order of the training windows; sequential: as in the files")
     train_log_every = Knob(500, (1, BIG), "steps between log lines (besides the first ten and one every 30 s)")
@@ -268,7 +276,7 @@ class Hyperparameters:
     # scoring and adaptation
     eval_seq_len = Knob(0, (0, 2**20), "positions of a window in scoring and adaptation; 0: TRAIN_SEQ_LEN")
     eval_stride = Knob(64, (0, 2**20), "targets scored per window; 0: windows do not overlap")
-    eval_batch_seqs = Knob(32, (1, 4096), "windows per forward pass")
+    eval_batch_seqs = AutoKnob((1, 4096), "maximum windows per forward pass; auto: 32, fewer on a CPU")
     eval_ladder = Knob(False, None, "with TTT, also score the sliding windows without it, for the report")
     ttt_enabled = Knob(True, None, "adapt at test time")
     ttt_mode = Knob("score_first", ("score_first", "pre"), "pre: adapt, then score, which BREAKS THE RULES")
@@ -406,6 +414,10 @@ def read_environment(knobs: Iterable[str]) -> dict[str, str]:
 
 # =================================================== 2  RUNTIME =======================================================
 CGROUPS = Path("/sys/fs/cgroup")  # where Linux tells a container its limits
+# Of a pass on a CPU. 16,384 tokens would take four times the memory and save 1 to 3% of a step, 1,024 would add 4 to
+# 20% (records/env/bench.env on 2 cores of AMD Zen 4, compiled and not).
+SMALL_PASS_TOKENS = 4096
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory|ALLOC_FAILED")
 
 
 def available_cores() -> int:
@@ -427,13 +439,27 @@ def available_cores() -> int:
     return max(1, cores)
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed, unless a variable such as MALLOC_TRIM_THRESHOLD_ tells it something.
+
+    By default large tensors go back to the kernel at once, and each page of the next one is a fault: 4 to 8% of a
+    training step on a CPU.
+    """
+    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
 def refuse_kernels(h: Hyperparameters) -> None:
     """Raise UserError where the settings ask for a kernel. For machines without a GPU that has bfloat16."""
     for name, elsewhere in (("attn_backend", "sdpa"), ("mlp_kernel", "plain")):
         value = getattr(h, name)
         if value not in ("auto", elsewhere):
             knob = name.upper()
-            raise UserError(f"{knob}={value} needs an NVIDIA GPU with bfloat16 (Ampere or newer): set {knob}=auto")
+            raise UserError(f"{knob}={value} needs bfloat16 on an NVIDIA GPU (Ampere or newer): set {knob}=auto")
 
 
 class Runtime:
@@ -449,13 +475,8 @@ class Runtime:
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.device = self._pick_device(h.device)
         cuda = self.device.type == "cuda"
-        # GPUs before Ampere emulate bfloat16. CPUs are as fast and more exact in float32 at test sizes.
-        use_bfloat16 = cuda and torch.cuda.get_device_capability()[0] >= 8
-        self.dtype = torch.bfloat16 if use_bfloat16 else torch.float32
         self.sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
         self.compiled = cuda if h.compile == "auto" else h.compile == "1"
-        if not use_bfloat16:
-            refuse_kernels(h)
         self._set_compiler_defaults()
         self.compiler = CompilerWatch(self)
         self.lag = int(cuda)  # steps that the host may be ahead of the device
@@ -463,6 +484,7 @@ class Runtime:
         self.files = []  # train.log and metrics.jsonl, on rank 0
         if self.device.type == "cpu":
             self._set_threads()
+            keep_freed_memory()
             torch.set_flush_denormal(True)
         if self.world_size > 1:
             # Import before init_process_group; otherwise its threads outlive close().
@@ -470,6 +492,11 @@ class Runtime:
             # gloo beside NCCL: the host's decisions do not wait for the device. Half an hour: rank 0 exports alone.
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        self.dtype = self._pick_dtype(h)
+        self.has_kernels = cuda and self.dtype == torch.bfloat16  # the preflight has a choice of them
+        if not self.has_kernels:
+            refuse_kernels(h)
+        self.max_rows = self._initial_rows(h)
         torch.manual_seed(h.seed)
 
     def _pick_device(self, name: str) -> torch.device:
@@ -490,6 +517,41 @@ class Runtime:
         torch.cuda.set_device(self.local_rank)
         torch.set_float32_matmul_precision("high")
         return torch.device("cuda", self.local_rank)
+
+    def _pick_dtype(self, h: Hyperparameters) -> torch.dtype:
+        """Return the type of activations and matrix products."""
+        if h.dtype != "auto":
+            return getattr(torch, h.dtype)
+        use_bfloat16 = False
+        if self.device.type == "cuda":
+            use_bfloat16 = torch.cuda.get_device_capability()[0] >= 8  # GPUs before Ampere emulate it
+        elif self.device.type == "cpu" and self.compiled:
+            use_bfloat16 = self.broadcast_from_rank0(self._bfloat16_cost(h) < 0.8) == 1
+        return torch.bfloat16 if use_bfloat16 else torch.float32
+
+    def _bfloat16_cost(self, h: Hyperparameters) -> float:
+        """Return the time of a product of the MLP in bfloat16, in units of the time in float32: on a CPU 0.5 with
+        instructions for it (2 cores of AMD Zen 4), and 26 without, which emulates it. Without compilation the rest of
+        the step takes longer in bfloat16, and there is nothing to win."""
+        seconds = []
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.ones(SMALL_PASS_TOKENS, h.model_dim, dtype=dtype)
+            w = torch.ones(int(h.mlp_mult * h.model_dim), h.model_dim, dtype=dtype)
+            seconds.append(self.milliseconds(functools.partial(F.linear, x, w)))
+        return seconds[0] / seconds[1]
+
+    def _initial_rows(self, h: Hyperparameters) -> dict[str, int]:
+        """Return the maximum sequences of a pass in training, scoring and adaptation. On CUDA, with MICRO_BATCH_TOKENS=
+        auto, `limit_rows` replaces them by what should fit; and everywhere the preflight halves what does not."""
+        tokens = h.micro_batch_tokens
+        if tokens == "auto":
+            tokens = BIG if self.device.type == "cuda" else SMALL_PASS_TOKENS
+        rows = {"training": tokens // h.train_seq_len, "scoring": h.eval_batch_seqs, "adaptation": tokens // h.window}
+        if h.eval_batch_seqs == "auto":
+            rows["scoring"] = 32
+            if self.device.type == "cpu":
+                rows["scoring"] = min(32, SMALL_PASS_TOKENS // h.window)
+        return {phase: max(1, count) for phase, count in rows.items()}
 
     def _set_threads(self) -> None:
         """Share the cores between the processes of this machine. Ignore the OMP_NUM_THREADS=1 that torchrun sets."""
@@ -548,6 +610,13 @@ class Runtime:
 
         return wait
 
+    def least(self, number: float) -> float:
+        """Return the smallest of the ranks' numbers."""
+        tensor = torch.tensor(number, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return tensor.item()
+
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Return rank 0's `tensor` on every rank, in place."""
         if self.world_size > 1:
@@ -578,6 +647,33 @@ class Runtime:
         elif self.device.type == "mps":
             torch.mps.synchronize()
         return time.perf_counter()
+
+    def free_memory(self) -> int:
+        """Return the bytes that this process could still use: of the GPU; elsewhere nobody knows, and it is 0."""
+        if self.device.type != "cuda":
+            return 0
+        free, total = torch.cuda.mem_get_info()
+        allowed = int(torch.cuda.get_per_process_memory_fraction() * total)
+        return min(free + torch.cuda.memory_reserved(), allowed) - torch.cuda.memory_allocated()
+
+    def fits(self, work: Callable[[], Any]) -> bool:
+        """Do `work`, which must not communicate. Return whether there was enough memory on every rank."""
+        enough = self._has_memory_for(work)
+        if not enough and self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what it had got so far is in pieces of the wrong sizes
+        return self.least(enough) == 1
+
+    def _has_memory_for(self, work: Callable[[], Any]) -> bool:
+        try:
+            # Libraries allocate workspaces later, and memory is lost in fragments: a tenth stays free.
+            spare = torch.empty(self.free_memory() // 10, dtype=torch.uint8, device=self.device)
+            work()
+            del spare
+        except RuntimeError as error:  # libraries and devices other than CUDA have no class of their own for it
+            if not OUT_OF_MEMORY.search(str(error)):
+                raise
+            return False
+        return True
 
     def milliseconds(self, function: Callable[[], Any]) -> float:
         """Return the duration of a call: the least of three means over ten calls, after three to warm up."""
@@ -834,18 +930,22 @@ def load_shards(h: Hyperparameters, split: str) -> list[np.ndarray]:
     return shards
 
 
-def batch_plan(h: Hyperparameters, world_size: int) -> tuple[int, int]:
+def equal_parts(rows: int, max_rows: int) -> int:
+    """Return the least number of equal parts, of at most `max_rows`, that `rows` can be cut into."""
+    parts = 1
+    while rows % parts or rows // parts > max_rows:
+        parts += 1
+    return parts
+
+
+def batch_plan(h: Hyperparameters, rt: Runtime) -> tuple[int, int]:
     """Return (sequences per rank and step, gradient accumulation steps). Raise UserError if they do not divide."""
     sequences = h.train_batch_tokens // h.train_seq_len
-    if sequences % world_size:
-        step_tokens = f"{world_size} x {h.train_seq_len} tokens"
+    if sequences % rt.world_size:
+        step_tokens = f"{rt.world_size} x {h.train_seq_len} tokens"
         raise UserError(f"TRAIN_BATCH_TOKENS={h.train_batch_tokens} is not a multiple of {step_tokens}")
-    rows = sequences // world_size
-    max_rows = max(1, h.micro_batch_tokens // h.train_seq_len)
-    grad_accum_steps = 1
-    while rows % grad_accum_steps or rows // grad_accum_steps > max_rows:
-        grad_accum_steps += 1
-    return rows, grad_accum_steps
+    rows = sequences // rt.world_size
+    return rows, equal_parts(rows, rt.max_rows["training"])
 
 
 class TokenLoader:
@@ -864,7 +964,7 @@ class TokenLoader:
         self.offsets = np.cumsum([0, *map(len, shards)])  # where each shard begins, and the end
         self.num_tokens = int(self.offsets[-1])
         self.num_windows = max(1, self.num_tokens // h.train_seq_len)
-        self.rows, self.grad_accum_steps = batch_plan(h, rt.world_size)
+        self.rows, self.grad_accum_steps = batch_plan(h, rt)
         self.epoch = -1  # the epoch that `phase` and `order` belong to
         self.phase = 0
         self.order = None
@@ -1565,6 +1665,20 @@ class GPT(nn.Module):
         return self.token_nll(input_ids, target_ids).mean()
 
 
+def bytes_per_token(h: Hyperparameters, rt: Runtime) -> float:
+    """Return the bytes of GPU memory that a forward and backward pass takes for each of its tokens.
+
+    The numbers of activations are fitted to the peaks of torch 2.11's allocator, and within 5% of them: 4 to 11 layers,
+    D 512 and 768, MLP_MULT 3 and 4, V 1,024 and 8,192, compiled for an H200 and not (2026-11-28).
+    """
+    hidden = h.mlp_mult * h.model_dim
+    if rt.compiled:
+        activations = h.num_layers * (10.6 * h.model_dim + 2 * hidden) + 5 * h.model_dim + h.vocab_size
+    else:
+        activations = h.num_layers * (17 * h.model_dim + 3 * hidden) + 10.5 * h.model_dim + 8 * h.vocab_size
+    return activations * rt.dtype.itemsize
+
+
 # ============================================== 5  PARAMETER GROUPS ===================================================
 class ParamGroup(NamedTuple):
     """How the parameters whose whole name matches `pattern` are treated. Text in the last three fields names a knob."""
@@ -1838,7 +1952,7 @@ def build_run(h: Hyperparameters, rt: Runtime, decoded: GPT | None = None) -> Ru
     shards = []
     if h.trains:
         shards = load_shards(h, "train")
-        batch_plan(h, rt.world_size)  # raises now what training would raise later
+        batch_plan(h, rt)  # raises now what training would raise later
         training_budget(h)
     model = (decoded or GPT(h)).to(rt.device)
     num_blocks = len(model.blocks)
@@ -1878,7 +1992,15 @@ class Trainer:
     def step(self, lr_scale: float, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Train on the micro-batches and return the mean loss over them and the processes, on the device."""
         rt = self.run.rt
-        total = torch.zeros((), device=rt.device)
+        loss = self.backward(batch)
+        self.optimizer.step(lr_scale, muon_momentum(self.run.h, self.num_steps))
+        self.num_steps += 1
+        self.update_averages(self.num_steps, lr_scale)
+        return rt.all_reduce(loss / rt.world_size)
+
+    def backward(self, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Compute the gradients of the mean loss over this rank's micro-batches, and return that loss."""
+        total = torch.zeros((), device=self.run.rt.device)
         sums = []
         for x, y in batch:
             loss = self.run.mean_loss(x, y) / len(batch)
@@ -1887,10 +2009,7 @@ class Trainer:
             sums = self._add_gradients(sums)
         for parameter, gradient in zip(self.parameters, sums):
             parameter.grad = gradient
-        self.optimizer.step(lr_scale, muon_momentum(self.run.h, self.num_steps))
-        self.num_steps += 1
-        self.update_averages(self.num_steps, lr_scale)
-        return rt.all_reduce(total / rt.world_size)
+        return total
 
     def _add_gradients(self, sums: list[Tensor]) -> list[Tensor]:
         """Take the gradients from the parameters and return their sums with earlier ones: a few launches, where
@@ -2184,16 +2303,19 @@ def pick_mlp(run: Run, block: Block, shape: tuple[int, int]) -> Callable | None:
     return candidates[name]()
 
 
+TRIAL_TOKENS = 98_304  # are enough to compare kernels on; more would only take memory
+
+
 def pick_kernels(run: Run) -> None:
     """Give the model the fastest kernels that are right on this machine. Only GPUs with bfloat16 have a choice."""
     h, rt = run.h, run.rt
-    if rt.dtype != torch.bfloat16:
+    if not rt.has_kernels:
         return
-    rows = h.eval_batch_seqs
+    rows = rt.max_rows["scoring"]
     if h.trains:
-        rows_per_step, grad_accum_steps = batch_plan(h, rt.world_size)
+        rows_per_step, grad_accum_steps = batch_plan(h, rt)
         rows = rows_per_step // grad_accum_steps
-    shape = (rows, h.train_seq_len)
+    shape = (min(rows, max(1, TRIAL_TOKENS // h.train_seq_len)), h.train_seq_len)
     attend = pick_attention(run, shape)
     fused = {}  # one trial for all MLPs of a kind: the same class and the same numbers and switches
     for block in run.model.blocks:
@@ -2204,6 +2326,31 @@ def pick_kernels(run: Run) -> None:
         block.mlp.fused = fused[kind]
 
 
+def limit_rows(run: Run) -> None:
+    """Where MICRO_BATCH_TOKENS leaves it to the run, limit the sequences of a pass to what should fit into the GPU."""
+    h, rt = run.h, run.rt
+    if h.micro_batch_tokens != "auto" or rt.device.type != "cuda":
+        return
+    # Beside the weights there will be gradients and their sum, momenta, two averages, and an update in progress.
+    state = 6 * 4 * sum(p.numel() for p in run.model.parameters())
+    tokens = (0.9 * rt.least(rt.free_memory()) - state) / bytes_per_token(h, rt)
+    tokens = min(tokens, 2**31 / max(h.vocab_size, h.mlp_mult * h.model_dim))  # larger tensors need 64-bit indices
+    rt.max_rows["training"] = max(1, int(tokens / h.train_seq_len))
+    rt.max_rows["adaptation"] = max(1, int(tokens / h.window))
+
+
+def fit_rows(rt: Runtime, phase: str, rows: int, work: Callable[[], Any]) -> None:
+    """Set `rt.max_rows[phase]` to `rows`, or to the half of it, a quarter …: the first with which `work` has enough
+    memory on all ranks. Raise UserError where even one sequence is too much."""
+    rt.max_rows[phase] = rows
+    while not rt.fits(work):
+        if rt.max_rows[phase] == 1:
+            raise UserError(f"{phase} does not fit into the memory of this device, one sequence at a time: use another")
+        rt.max_rows[phase] //= 2
+        rt.log(f"out of memory: {phase} again with at most {rt.max_rows[phase]} sequences in a pass")
+    rt.record("rows", phase=phase, rows=rt.max_rows[phase])
+
+
 def preflight(run: Run) -> float:
     """Run the whole pipeline on random tokens in the real shapes before the clock starts, so that nothing fails for the
     first time after ten minutes. This also compiles all graphs. Restore the weights; return the seconds it took."""
@@ -2211,6 +2358,7 @@ def preflight(run: Run) -> float:
     start = rt.now()
     parameters = list(run.model.parameters())
     initial = [p.detach().clone() for p in parameters]
+    limit_rows(run)
     pick_kernels(run)
     if h.trains:
         _preflight_training(run)
@@ -2237,15 +2385,39 @@ def random_text(h: Hyperparameters, num_targets: int) -> Validation:
     return Validation(tokens, torch.ones(num_targets, dtype=torch.int16), num_targets, "random")
 
 
-def _preflight_training(run: Run) -> None:
+def random_batch(run: Run) -> list[tuple[Tensor, Tensor]]:
+    """Return random tokens as the micro-batches of a step."""
+    rows, grad_accum_steps = batch_plan(run.h, run.rt)
+    shape = (grad_accum_steps, rows // grad_accum_steps, run.h.train_seq_len)
+    x = torch.randint(run.h.vocab_size, shape, device=run.rt.device)
+    return list(zip(x, x.roll(-1, -1)))
+
+
+def fit_training(trainer: Trainer) -> None:
+    """Find how many sequences a training pass can have, and log the plan of a step."""
+    run = trainer.run
     h, rt = run.h, run.rt
+
+    def first_passes() -> None:
+        """Make two passes: there is room for the second beside the gradients of the first."""
+        run.model.zero_grad(set_to_none=True)
+        trainer.backward(random_batch(run)[:2])
+
+    rows, grad_accum_steps = batch_plan(h, rt)
+    fit_rows(rt, "training", rows // grad_accum_steps, first_passes)
+    run.model.zero_grad(set_to_none=True)
+    rows, grad_accum_steps = batch_plan(h, rt)
+    shape = f"{rows // grad_accum_steps} x {h.train_seq_len} tokens"
+    rt.log(f"step: {rt.world_size} processes x {grad_accum_steps} micro-batches x {shape}")
+
+
+def _preflight_training(run: Run) -> None:
+    h = run.h
     trainer = Trainer(run)
-    rows, grad_accum_steps = batch_plan(h, rt.world_size)
-    shape = (grad_accum_steps, rows // grad_accum_steps, h.train_seq_len)
-    num_steps = h.warmup_steps if rt.compiled else min(2, h.warmup_steps)
+    fit_training(trainer)
+    num_steps = h.warmup_steps if run.rt.compiled else min(2, h.warmup_steps)
     for _ in range(num_steps):
-        x = torch.randint(h.vocab_size, shape, device=rt.device)
-        trainer.step(1.0, list(zip(x, x.roll(-1, -1))))
+        trainer.step(1.0, random_batch(run))
     trainer.apply_average()
 
 
@@ -2262,17 +2434,26 @@ def _preflight_calibration(run: Run) -> dict[str, Any]:
 def _preflight_scoring(run: Run) -> None:
     h, rt = run.h, run.rt
     chunk = h.ttt_chunk_tokens if h.ttt_mode == "score_first" else h.ttt_batch_seqs * h.window
-    val = random_text(h, max(chunk, h.eval_batch_seqs * h.window * rt.world_size))
-    num_windows = 1 + h.eval_batch_seqs * rt.world_size
+    num_windows = 1 + rt.max_rows["scoring"] * rt.world_size
+    val = random_text(h, max(chunk, num_windows * h.window))
     plain = Scorer(run, val, h.window, "preflight")
-    plain.score(plain.windows[:num_windows])
     sliding = Scorer(run, val, h.stride, "preflight")
-    if not h.ttt_enabled:
-        sliding.score(sliding.windows[:num_windows])
-    else:
+    score_sliding = sliding.score
+    ttt = None
+    if h.ttt_enabled:
         ttt = pick_ttt(run)
-        ttt.score(sliding, sliding.windows[:num_windows])
+        score_sliding = functools.partial(ttt.score, sliding)
+
+    def score_both() -> None:
+        """Score a batch in each of the shapes that there will be."""
+        plain.score(plain.windows[:num_windows])
+        score_sliding(sliding.windows[:num_windows])
+
+    fit_rows(rt, "scoring", rt.max_rows["scoring"], score_both)
+    if ttt:
         batch = ttt.batches(sliding.tokens, 0, chunk)[0]
+        fit_rows(rt, "adaptation", min(len(batch.inputs), rt.max_rows["adaptation"]), lambda: ttt.backward(batch))
+        run.model.zero_grad(set_to_none=True)
         ttt.adapt(batch, lr_scale=0.0)
         ttt.optimizer.step()
         run.model.zero_grad(set_to_none=True)
@@ -2696,7 +2877,7 @@ class Scorer:
     @torch.no_grad()
     def score(self, windows: np.ndarray) -> tuple[Tensor, int]:
         """Score the targets of consecutive windows. Return the nats and bytes of those that this rank scored."""
-        rows = self.run.h.eval_batch_seqs
+        rows = self.run.rt.max_rows["scoring"]
         full_rows = rows  # as in a plain score: one window alone would be a graph of its own, 25 s of compiling
         if not self.run.rt.compiled:  # rows for nothing would only take time
             rows = min(rows, len(self.windows))
@@ -2812,16 +2993,19 @@ class TTT:
         """Compute the update for a batch that has been scored: the clipped gradient of the mean loss over all ranks'
         targets, and the learning rate. `optimizer.step` then applies it."""
         h = self.run.h
-        inputs, targets, num_targets = batch
-        max_rows = max(1, h.micro_batch_tokens // inputs.size(1))
-        for low in range(0, len(inputs), max_rows):
-            nll = self.run.token_nll(inputs[low : low + max_rows], targets[low : low + max_rows])
-            loss = nll.sum() / num_targets
-            loss.backward()
+        self.backward(batch)
         sum_gradients(self.run.rt, self.parameters, factor=1.0)
         if h.ttt_grad_clip:
             torch.nn.utils.clip_grad_norm_(self.parameters, h.ttt_grad_clip)
         set_learning_rates(self.optimizer, lr_scale)
+
+    def backward(self, batch: Batch) -> None:
+        """Add this rank's part of the gradient to what the parameters have."""
+        parts = equal_parts(len(batch.inputs), self.run.rt.max_rows["adaptation"])
+        for inputs, targets in zip(batch.inputs.chunk(parts), batch.targets.chunk(parts)):
+            nll = self.run.token_nll(inputs, targets)
+            loss = nll.sum() / batch.num_targets
+            loss.backward()
 
 
 def pick_ttt(run: Run) -> TTT:
@@ -2962,11 +3146,8 @@ def _log_parameters(run: Run) -> None:
 
 def _log_training_plan(run: Run) -> None:
     h, rt = run.h, run.rt
-    rows, grad_accum_steps = batch_plan(h, rt.world_size)
     num_tokens = sum(map(len, run.train_shards))
     rt.log(f"training: {len(run.train_shards)} shards, {num_tokens:,} tokens, {h.train_batch_tokens:,} a step")
-    shape = f"{rows // grad_accum_steps} x {h.train_seq_len} tokens"
-    rt.log(f"step: {rt.world_size} processes x {grad_accum_steps} micro-batches x {shape}")
     warmdown = f"warm-down {h.warmdown_frac:.0%}"
     if h.warmdown_iters:
         warmdown = f"warm-down {h.warmdown_iters} steps"
@@ -3007,7 +3188,7 @@ def report(run: Run, score: Score, stats: dict[str, Any]) -> None:
     result = {"run_id": rt.run_dir.name, "seed": h.seed, "kind": kind, **score._asdict(), **stats}
     result |= {"bytes_code": len(run.code), "code_form": code_form(run.code), "bytes_total": total_bytes}
     result |= {"compliant": not breaks, "rule_breaks": breaks, "machine": rt.describe()}
-    result["graphs_compiled_after_preflight"] = rt.compiler.num_late
+    result |= {"graphs_compiled_after_preflight": rt.compiler.num_late, "sequences_per_pass": rt.max_rows}
     result |= {"code_sha256": hashlib.sha256(run.code).hexdigest(), "settings": h.values()}
     rt.record("final", **result)
     if rt.rank == 0:

@@ -70,11 +70,13 @@ class Case:
         model = model.to(rt.device)
         model.compute_dtype = rt.dtype
         tokens = np.random.default_rng(0).integers(h.vocab_size, size=4 * h.train_batch_tokens, dtype=np.uint16)
-        val = t.random_text(h, max(h.ttt_chunk_tokens, h.eval_batch_seqs * h.stride * 4))
+        val = t.random_text(h, max(h.ttt_chunk_tokens, rt.max_rows["scoring"] * h.stride * 4))
         mean_loss, token_nll = rt.compile(model.forward), rt.compile(model.token_nll)
         self.run = t.Run(h, rt, model, mean_loss, token_nll, [tokens], val, t.shipped_code(h))
+        t.limit_rows(self.run)
         t.pick_kernels(self.run)
         self.trainer = t.Trainer(self.run)
+        t.fit_training(self.trainer)
         self.loader = t.TokenLoader(h, rt, [tokens])
         self.batch = self.loader.next_batch()
         self.num_micro_batches = len(self.batch)
@@ -121,7 +123,7 @@ class Case:
     def score(self) -> None:
         """A batch of sliding windows with all its work on the host."""
         scorer = t.Scorer(self.run, self.run.val, self.h.stride)
-        scorer.score(scorer.windows[1 : 1 + self.h.eval_batch_seqs])
+        scorer.score(scorer.windows[1 : 1 + self.rt.max_rows["scoring"]])
 
     def adapt(self) -> None:
         """One step of adaptation."""
@@ -208,9 +210,10 @@ def figures(case: Case, milliseconds: dict[str, float]) -> dict[str, float]:
         if peak:
             rows["model FLOP utilisation, %"] = 100 * achieved / peak
     if "score" in milliseconds:
-        targets = h.eval_batch_seqs * h.stride
+        windows = rt.max_rows["scoring"]
+        targets = windows * h.stride
         rows["scoring, s per million targets"] = milliseconds["score"] / 1000 / targets * 1e6
-        rows["scoring, million positions/s"] = h.eval_batch_seqs * h.window / milliseconds["score"] / 1000
+        rows["scoring, million positions/s"] = windows * h.window / milliseconds["score"] / 1000
     if "adapt" in milliseconds:
         sequences = min(h.ttt_batch_seqs, math.ceil(h.ttt_chunk_tokens / h.window))
         rows["adaptation, s per million tokens and epoch"] = milliseconds["adapt"] / 1000 / (sequences * h.window) * 1e6

@@ -65,6 +65,93 @@ def test_functions_are_compiled_only_where_that_is_on(runtime: Callable, monkeyp
     assert calls == [{"dynamic": False, "fullgraph": True}]  # a graph break or a new shape is an error, not a slow run
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB",
+        "MPS backend out of memory (MPS allocated: 9.00 GB, other allocations: 1 KB)",
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_work_that_runs_out_of_memory_does_not_fit(runtime: Callable, message: str) -> None:
+    def work() -> None:
+        raise RuntimeError(message)
+
+    rt = runtime()
+    assert rt.fits(lambda: None) and not rt.fits(work)
+
+
+def test_any_other_error_is_no_question_of_memory(runtime: Callable) -> None:
+    for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory")):
+
+        def work(error: Exception = error) -> None:
+            raise error
+
+        with pytest.raises(type(error), match=str(error)):
+            runtime().fits(work)
+
+
+@pytest.mark.parametrize(
+    ("settings", "costs", "dtype"),
+    [
+        ({"compile": "1"}, [0.5, 1.0], torch.bfloat16),
+        ({"compile": "1"}, [0.9, 1.0], torch.float32),  # a small gain is not worth the rounding
+        ({"compile": "1"}, [26.0, 1.0], torch.float32),  # emulated
+        ({"compile": "0"}, [], torch.float32),  # nothing is tried
+        ({"compile": "1", "dtype": "float32"}, [], torch.float32),
+        ({"compile": "0", "dtype": "bfloat16"}, [], torch.bfloat16),
+    ],
+)
+def test_a_cpu_takes_bfloat16_only_where_it_is_compiled_and_wins(
+    runtime: Callable, monkeypatch: pytest.MonkeyPatch, settings: dict, costs: list[float], dtype: torch.dtype
+) -> None:
+    dtypes = []
+
+    def milliseconds(_: t.Runtime, product: Callable) -> float:
+        dtypes.append(product().dtype)
+        return costs.pop(0)
+
+    monkeypatch.setattr(t.Runtime, "milliseconds", milliseconds)
+    rt = runtime(**settings)
+    assert rt.dtype == dtype and not costs and not rt.has_kernels
+    assert dtypes == ([torch.bfloat16, torch.float32] if "dtype" not in settings and rt.compiled else [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        ({}, (128, 128, 32)),  # passes of 4,096 tokens, at most 32 windows
+        ({"train_seq_len": 256, "eval_seq_len": 512}, (16, 8, 8)),
+        ({"train_seq_len": 8192, "eval_seq_len": 8192, "train_batch_tokens": 8192}, (1, 1, 1)),
+        ({"micro_batch_tokens": 96, "eval_batch_seqs": 5}, (3, 3, 5)),
+        ({"micro_batch_tokens": 1}, (1, 1, 32)),
+    ],
+)
+def test_passes_on_a_cpu_are_small_unless_a_setting_says_how_large(
+    runtime: Callable, settings: dict, rows: tuple[int, int, int]
+) -> None:
+    rt = runtime(**{"eval_batch_seqs": "auto", **settings})
+    assert tuple(rt.max_rows[phase] for phase in ("training", "adaptation", "scoring")) == rows
+
+
+def test_freed_memory_is_kept_unless_the_user_has_said_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(t.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *args: calls.append(args)))
+    monkeypatch.setattr(sys, "platform", "linux")
+    t.keep_freed_memory()
+    assert calls == [(-4, 0), (-1, -1)]  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    t.keep_freed_memory()
+    monkeypatch.delenv("MALLOC_ARENA_MAX")
+    monkeypatch.setattr(sys, "platform", "win32")
+    t.keep_freed_memory()
+    assert len(calls) == 2
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(t.ctypes, "CDLL", lambda _: SimpleNamespace())  # another library than glibc
+    t.keep_freed_memory()
+
+
 def test_the_seed_fixes_the_generator(runtime: Callable) -> None:
     draws = [(runtime(seed=seed), torch.rand(4).tolist())[1] for seed in (5, 5, 6)]
     assert draws[0] == draws[1] != draws[2]
@@ -259,6 +346,11 @@ RANK_SCRIPT = """
     reduced = rt.all_reduce(total := x.clone())
     stack = torch.arange(12.0).view(4, 3) * 10**rank
     wide = torch.arange(6.0).view(3, 2) + 100 * rank
+
+    def too_much_for_rank_1():
+        if rank:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
     result = {
         "in_place": reduced is total,
         "all_reduce": reduced.tolist(),
@@ -267,6 +359,8 @@ RANK_SCRIPT = """
         "all_gather_transposed": rt.all_gather(wide.T)().tolist(),  # not contiguous
         "int64": rt.all_reduce(torch.tensor([2**40 + rank])).tolist(),
         "broadcast_from_rank0": rt.broadcast_from_rank0(0.1 + rank),
+        "least": rt.least(2.3 - rank),
+        "fits": [rt.fits(lambda: None), rt.fits(too_much_for_rank_1)],
         "seed": torch.initial_seed(),
         "threads": torch.get_num_threads(),
     }
@@ -337,6 +431,8 @@ def test_collectives_of_two_processes_sum_scatter_gather_and_agree(two_ranks: Si
         assert result["all_gather_transposed"] == np.concatenate([part.T for part in parts]).tolist()
         assert result["int64"] == [2**41 + 1]
         assert result["broadcast_from_rank0"] == 0.1  # rank 0's, in float64
+        assert result["least"] == 2.3 - 1
+        assert result["fits"] == [True, False]  # what is too much for one is for all
         assert result["seed"] == t.Hyperparameters.seed
         # torchrun sets OMP_NUM_THREADS=1; the processes of a machine share its cores instead.
         assert result["threads"] == max(1, os.cpu_count() // 2)

@@ -194,6 +194,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 h = t.Hyperparameters(data_path={str(tmp_path)!r}, train_seq_len=8, eval_stride=8, train_batch_tokens=8000)
 shards = t.load_shards(h, "train")
 rt = types.SimpleNamespace(rank=0, world_size=1, to_device=lambda array: torch.from_numpy(array).long())
+rt.max_rows = {{"training": 1000}}
 x = torch.cat([x for x, y in t.TokenLoader(h, rt, shards).next_batch()])
 assert len(shards) == 2000 and x.shape == (1000, 8) and x.unique().numel() > 200, x
 """
@@ -384,8 +385,15 @@ def make_shards(lengths: list[int], tokens: np.ndarray | None = None) -> tuple[l
 def make_loader(
     h: t.Hyperparameters, shards: list[np.ndarray], rank: int = 0, world_size: int = 1, step: int = 0
 ) -> t.TokenLoader:
+    return t.TokenLoader(h, make_runtime(h, rank, world_size), shards, step)
+
+
+def make_runtime(h: t.Hyperparameters, rank: int, world_size: int) -> SimpleNamespace:
+    """Returns what a loader needs to know of the machine, whose passes have MICRO_BATCH_TOKENS or all of a step."""
+    tokens = h.train_batch_tokens if h.micro_batch_tokens == "auto" else h.micro_batch_tokens
     to_device: Callable = lambda array: torch.from_numpy(array).long()  # noqa: E731
-    return t.TokenLoader(h, SimpleNamespace(rank=rank, world_size=world_size, to_device=to_device), shards, step)
+    max_rows = {"training": max(1, tokens // h.train_seq_len)}
+    return SimpleNamespace(rank=rank, world_size=world_size, to_device=to_device, max_rows=max_rows)
 
 
 def read_step(loaders: list[t.TokenLoader]) -> tuple[np.ndarray, np.ndarray]:
@@ -519,7 +527,7 @@ def test_the_batch_plan_holds_to_its_bounds(tiny: Callable) -> None:
             train_seq_len=length, eval_seq_len=32, train_batch_tokens=world_size * rows * length,
             micro_batch_tokens=draw.randint(1, 2 * rows * length),
         )  # fmt: skip
-        planned_rows, cuts = t.batch_plan(h, world_size)
+        planned_rows, cuts = t.batch_plan(h, make_runtime(h, 0, world_size))
         assert planned_rows == rows and rows % cuts == 0
         fits = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n * length <= h.micro_batch_tokens]
         # The fewest equal passes that fit; where not even one sequence does, a sequence a pass.
@@ -527,16 +535,17 @@ def test_the_batch_plan_holds_to_its_bounds(tiny: Callable) -> None:
 
 
 @pytest.mark.parametrize(("world_size", "plan"), [(8, (48, 1)), (4, (96, 2)), (1, (384, 8))])
-def test_the_default_batch_is_one_pass_on_each_of_8_gpus_and_eight_on_one(
+def test_passes_of_98_304_tokens_are_one_on_each_of_8_gpus_and_eight_on_one(
     world_size: int, plan: tuple[int, int]
 ) -> None:
-    assert t.batch_plan(t.Hyperparameters(), world_size) == plan
+    h = t.Hyperparameters(micro_batch_tokens=98_304)
+    assert t.batch_plan(h, make_runtime(h, 0, world_size)) == plan
 
 
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused(tiny: Callable) -> None:
     message = r"TRAIN_BATCH_TOKENS=256 is not a multiple of 3 x 32 tokens"
     with pytest.raises(t.UserError, match=message):
-        t.batch_plan(tiny(), 3)
+        t.batch_plan(tiny(), make_runtime(tiny(), 0, 3))
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------

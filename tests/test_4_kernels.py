@@ -151,7 +151,7 @@ def machine(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable[...
         run = make_run(compile="0")
         for name, value in settings.items():
             setattr(run.h, name, value)  # what a Runtime without a GPU would refuse
-        run.rt.dtype = torch.bfloat16
+        run.rt.dtype, run.rt.has_kernels = torch.bfloat16, True
         found = SimpleNamespace(run=run, lines=[], events=[], timed=[])
         left = list(times or [5.0, 4.0, 3.0, 2.0, 1.0])
 
@@ -346,7 +346,8 @@ def test_a_broken_installation_is_passed_over_with_its_reason(
 )
 def test_without_a_suitable_gpu_a_kernel_is_an_error_if_asked_for(setting: dict, tiny: Callable) -> None:
     [(name, value)] = setting.items()
-    with pytest.raises(t.UserError, match=f"{name.upper()}={value} needs an NVIDIA GPU.*set {name.upper()}=auto"):
+    knob = name.upper()
+    with pytest.raises(t.UserError, match=f"{knob}={value} needs bfloat16 on an NVIDIA GPU.*set {knob}=auto"):
         t.Runtime(tiny(**setting))
 
 
@@ -438,7 +439,7 @@ INTERPRETED = """
     def chosen(knobs, another=None):
         h = t.Hyperparameters(**knobs)
         rt = t.Runtime(h)
-        rt.dtype, events, times = torch.bfloat16, [], [3.0, 2.0, 1.0, 4.0] * 2
+        rt.dtype, rt.has_kernels, events, times = torch.bfloat16, True, [], [3.0, 2.0, 1.0, 4.0] * 2
         rt.milliseconds = lambda function: [function(), times.pop(0)][1]
         rt.record = lambda event, **fields: events.append(fields)
         run = t.Run(h, rt, t.GPT(h), None, None, [], None, b"")

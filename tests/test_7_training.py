@@ -309,7 +309,7 @@ def test_a_real_run_with_a_cap_ends_in_time(make_run: Callable) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- the preflight
-EVERYTHING = {**FEW, "swa_enabled": True, "swa_every": 1, "quant_floor": "1.0", "mlp_bits": 3, "attn_bits": 4}
+EVERYTHING = {**FEW, "swa_enabled": True, "swa_every": 1, "quant_floor": 1.0, "mlp_bits": 3, "attn_bits": 4}
 
 
 @pytest.mark.parametrize("settings", [{}, EVERYTHING, {"ttt_mode": "pre"}, {"ttt_enabled": False, "eval_stride": 0}])
@@ -335,7 +335,108 @@ def test_the_preflight_reports_no_event_of_the_training(make_run: Callable, monk
     run = make_run(**EVERYTHING)
     lines = log_lines(run, monkeypatch)
     t.preflight(run)
-    assert len(lines) == 1 and lines[0].startswith("preflight: the whole pipeline ran"), lines
+    assert len(lines) == 2 and lines[0] == "step: 1 processes x 1 micro-batches x 8 x 32 tokens", lines
+    assert lines[1].startswith("preflight: the whole pipeline ran"), lines
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+def limit_memory(run: t.Run, training: int, scoring: int = 100, adaptation: int = 100) -> t.Run:
+    """Returns the run on a device that has memory for so many sequences a pass."""
+
+    def check(rows: int, limit: int) -> None:
+        if rows > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def mean_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        check(len(x), training)
+        return run.model(x, y)
+
+    def token_nll(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        check(len(x), adaptation if torch.is_grad_enabled() else scoring)
+        return run.model.token_nll(x, y)
+
+    return run._replace(mean_loss=mean_loss, token_nll=token_nll)
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(100, 8), (8, 8), (7, 4), (3, 2), (1, 1)])
+def test_a_run_that_is_short_of_memory_is_the_one_with_smaller_passes_set_by_hand(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch, limit: int, rows: int
+) -> None:
+    short = limit_memory(make_run(**FEW), limit)  # a step is 8 sequences of 32
+    lines = log_lines(short, monkeypatch)
+    t.preflight(short)
+    assert short.rt.max_rows["training"] == rows
+    halvings = [line for line in lines if line.startswith("out of memory: training again with at most")]
+    assert len(halvings) == int(math.log2(8 // rows))
+    assert f"step: 1 processes x {8 // rows} micro-batches x {rows} x 32 tokens" in lines
+    by_hand = make_run(**FEW, micro_batch_tokens=32 * rows)
+    (losses, _, validations), others = train_losses(short, monkeypatch), train_losses(by_hand, monkeypatch)
+    assert len(losses) == 8 and losses == others[0] and validations == others[2]
+    assert_same_bits(snapshot(short), snapshot(by_hand))
+
+
+def test_scoring_and_adaptation_that_are_short_of_memory_take_smaller_passes(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"ttt_batch_seqs": 8, "ttt_chunk_tokens": 256, "num_targets": 700}
+    short = limit_memory(make_run(**settings, eval_batch_seqs=16), training=100, scoring=5, adaptation=3)
+    t.preflight(short)
+    assert short.rt.max_rows == {"training": 8, "scoring": 4, "adaptation": 2}
+    by_hand = make_run(**settings, eval_batch_seqs=4, micro_batch_tokens=64)
+    assert t.eval_val_ttt(short)[:4] == t.eval_val_ttt(by_hand)[:4]
+    assert_same_bits(snapshot(short), snapshot(by_hand))
+
+
+def test_where_one_sequence_is_too_much_the_run_ends_with_a_word(make_run: Callable) -> None:
+    for phase, limits in (("training", (0,)), ("scoring", (9, 0)), ("adaptation", (9, 9, 0))):
+        with pytest.raises(t.UserError, match=f"^{phase} does not fit into the memory"):
+            t.preflight(limit_memory(make_run(), *limits))
+
+
+def test_sequences_of_a_pass_are_limited_by_the_free_memory_of_a_gpu(make_run: Callable) -> None:
+    run = make_run(train_batch_tokens=2**20, eval_seq_len=64)
+    rt = run.rt
+    t.limit_rows(run)
+    assert rt.max_rows["training"] == 128  # a CPU's, whatever its memory
+    rt.device, rt.free_memory = SimpleNamespace(type="cuda"), lambda: free
+    state = 24 * sum(p.numel() for p in run.model.parameters())
+    for rows in (1, 2, 5, 1000):
+        free = math.ceil((state + 32 * rows * t.bytes_per_token(run.h, rt)) / 0.9 + 10)
+        t.limit_rows(run)
+        assert (rt.max_rows["training"], rt.max_rows["adaptation"]) == (rows, max(1, rows // 2))
+    free = 1
+    t.limit_rows(run)
+    assert rt.max_rows["training"] == 1  # and the preflight finds out
+    run.h.vocab_size, free = 2**20, 10**15
+    t.limit_rows(run)
+    assert rt.max_rows["training"] == 2**31 // 2**20 // 32
+    run.h.micro_batch_tokens, rt.max_rows["training"] = 98_304, 3072
+    t.limit_rows(run)
+    assert rt.max_rows["training"] == 3072  # what the user says is only halved
+
+
+def test_the_model_of_memory_is_near_what_was_counted() -> None:
+    """Bytes a token of torch 2.11's allocator, compiled for an H200 and not, less the gradients (2026-11-28)."""
+    counted = [
+        ({"num_layers": 4}, True, 74_682),
+        ({"num_layers": 8}, True, 142_329),
+        ({"num_layers": 11}, True, 194_043),
+        ({"num_layers": 4, "mlp_mult": 4.0}, True, 82_746),
+        ({"num_layers": 4, "vocab_size": 8192}, True, 88_922),
+        ({"num_layers": 4, "model_dim": 768, "num_heads": 12}, True, 107_019),
+        ({"num_layers": 4, "value_residual": True, "gated_attention": True}, True, 76_825),
+        ({"num_layers": 4}, False, 133_882),
+        ({"num_layers": 8}, False, 240_810),
+        ({"num_layers": 4, "mlp_mult": 4.0}, False, 146_010),
+        ({"num_layers": 4, "vocab_size": 8192}, False, 248_266),
+    ]
+    for settings, compiled, count in counted:
+        h = t.Hyperparameters(ve_layers="-2,-1", **settings)
+        predicted = t.bytes_per_token(h, SimpleNamespace(compiled=compiled, dtype=torch.bfloat16))
+        assert abs(predicted / count - 1) < 0.05, (settings, predicted / count)
+
+
+# --------------------------------------------------------------------------------------- what the preflight meets
 
 
 @pytest.mark.parametrize(

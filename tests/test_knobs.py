@@ -36,7 +36,7 @@ BASE = {
     **TINY,
     "device": "auto", "data_path": "shards", "tokenizer_path": "a.model", "vocab_size": 40, "model_dim": 16,
     "rope_train_len": 8, "xsa_last_n": 2, "proj_bits": 8,
-    "quant_floor": "0.05", "swa_enabled": True, "swa_every": 2, "iterations": 24,
+    "quant_floor": 0.05, "swa_enabled": True, "swa_every": 2, "iterations": 24,
 }  # fmt: skip
 FITTED = {"quant_floor": "auto"}  # the floor is found by size
 STORED = {  # the parameters that have a knob for their bits; all others are the "rest"
@@ -67,6 +67,7 @@ TURNS: dict[str, tuple] = {
     "seed": (1337, 1, "initial batches preflight report"),
     "device": ("auto", "cpu", "machine"),
     "compile": ("auto", "0", "machine"),
+    "dtype": ("auto", "float32", "machine"),
     "attn_backend": ("auto", "sdpa", "kernels"),
     "mlp_kernel": ("auto", "plain", "kernels"),
     "max_val_tokens": (0, 64, "text"),
@@ -80,9 +81,9 @@ TURNS: dict[str, tuple] = {
     "warmdown_iters": (0, 10, "schedule banner"),
     "warmup_steps": (20, 3, "preflight"),
     "train_batch_tokens": (256, 512, "batches loop preflight banner"),
-    "micro_batch_tokens": (98_304, 32, "batches preflight ttt_batches banner", {"ttt_grad_clip": 0.0}),
+    "micro_batch_tokens": ("auto", 32, "batches preflight ttt_batches report", {"ttt_grad_clip": 0.0}),
     "loader": ("shuffled", "sequential", "batches"),
-    "train_seq_len": (32, 64, f"batches {WINDOWS} function file"),
+    "train_seq_len": (32, 64, f"batches {WINDOWS} function file report"),
     "train_log_every": (500, 12, "loop"),
     "val_loss_every": (4000, 10, "loop"),
     "vocab_size": (40, 41, f"{SHAPES} text preflight"),  # `text` refuses it: the tokenizer has 40 pieces
@@ -132,14 +133,14 @@ TURNS: dict[str, tuple] = {
     "bigram_bits": (8, 6, "codes:hash size banner"),
     "proj_bits": (8, 16, "codes:proj size banner"),
     "fp16_keep_name_patterns": ("", "attn.c_k", "codes:attn size banner"),
-    "quant_floor": ("0.05", "0.5", f"{CODES} size"),
+    "quant_floor": (0.05, 0.5, f"{CODES} size"),
     "prune_frac": (0.0, 0.3, f"{CODES} size"),
     "compressor": ("zstd", "lzma", "file"),
     "size_of_code": ("packed", "raw", "code"),
     "size_limit": (len(CODE) + 5000, len(CODE) + 4000, f"{CODES} size", FITTED),
-    "eval_seq_len": (0, 64, WINDOWS),
+    "eval_seq_len": (0, 64, f"{WINDOWS} report"),
     "eval_stride": (8, 16, "sliding final score_batches preflight banner"),
-    "eval_batch_seqs": (4, 8, "score_batches preflight"),
+    "eval_batch_seqs": (4, 8, "score_batches preflight report"),
     "eval_ladder": (False, True, "passes"),
     "ttt_enabled": (True, False, f"{TTT} ttt_batches passes preflight banner report"),
     "ttt_mode": ("score_first", "pre", f"{TTT} ttt_batches preflight banner report", {"ttt_chunk_tokens": 32}),
@@ -248,7 +249,7 @@ def stage_kernels(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, 
     patch.setattr(t, "fastest_kernel", lambda rt, setting, candidates, *_: tried.append(list(candidates)) or "flash")
     patch.setitem(t.MLP_KERNELS, "flash", lambda: None)
     run = make_run(h)
-    run.rt.dtype = torch.bfloat16
+    run.rt.dtype, run.rt.has_kernels = torch.bfloat16, True
     t.pick_kernels(run)
     return {"kernels": tried}
 
@@ -392,8 +393,9 @@ def stage_scoring(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, 
 def stage_preflight(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """preflight: the tokens of its training steps, and the shapes in which it scores and adapts."""
     calls, steps = [], []
-    trainer = SimpleNamespace(step=lambda *args: steps.append(args), apply_average=lambda: None)
-    patch.setattr(t, "Trainer", lambda run: trainer)
+    step = lambda *args: steps.append(args)  # noqa: E731
+    trainer = lambda run: SimpleNamespace(run=run, step=step, backward=lambda _: None, apply_average=lambda: None)  # noqa: E731
+    patch.setattr(t, "Trainer", trainer)
     patch.setattr(t, "encode", lambda *args: b"")
     patch.setattr(t, "decode", lambda *args: None)
     run = make_run(h, calls)
