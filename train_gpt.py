@@ -759,6 +759,8 @@ class CompilerWatch:
         self.start = 0.0  # of the compilation in progress
         self.handler = None
         if rt.compiled:
+            # The default is 8: less than the times that a batch may be halved.
+            importlib.import_module("torch._dynamo").config.recompile_limit = 64
             self.handler = importlib.import_module("torch._dynamo.callback").callback_handler
             self.handler.register_start_callback(self._on_start)
             self.handler.register_end_callback(self._on_end)

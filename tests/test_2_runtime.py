@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -150,6 +151,19 @@ def test_freed_memory_is_kept_unless_the_user_has_said_how(monkeypatch: pytest.M
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(t.ctypes, "CDLL", lambda _: SimpleNamespace())  # another library than glibc
     t.keep_freed_memory()
+
+
+def test_a_function_may_be_compiled_for_every_size_of_a_batch_that_is_halved(
+    runtime: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    rt = runtime(compile="1", dtype="float32")
+    double = rt.compile(lambda x: 2 * x)
+    for rows in range(1, 20):
+        assert double(torch.ones(rows)).sum() == 2 * rows
+    assert len(rt.compiler.seconds) == 19
+    rt.close()
 
 
 def test_the_seed_fixes_the_generator(runtime: Callable) -> None:
