@@ -211,7 +211,7 @@ class Hyperparameters:
     warmup_steps = Knob(20, (1, 1000), "untimed preflight steps on random tokens (at most 2 without compilation)")
     train_batch_tokens = Knob(786_432, (1, BIG), "tokens per optimizer step, over all processes")
     micro_batch_tokens = AutoKnob(
-        (1, BIG), "maximum tokens per forward and backward pass on one device; auto: what fits (CPU: 4096)"
+        (1, BIG), "maximum tokens per forward and backward pass on one device; auto: what fits (CUDA), or 4096"
     )
     train_seq_len = ModelKnob(2048, (2, 2**20), "positions T of a training sequence")
     loader = Knob("shuffled", ("shuffled", "sequential"), "order of the training windows; sequential: as in the files")
@@ -417,7 +417,7 @@ CGROUPS = Path("/sys/fs/cgroup")  # where Linux tells a container its limits
 # Of a pass on a CPU. 16,384 tokens would take four times the memory and save 1 to 3% of a step, 1,024 would add 4 to
 # 20% (records/env/bench.env on 2 cores of AMD Zen 4, compiled and not).
 SMALL_PASS_TOKENS = 4096
-OUT_OF_MEMORY = re.compile("out of memory|allocate memory|ALLOC_FAILED")
+OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory|bad_alloc|ALLOC_FAILED")
 
 
 def available_cores() -> int:
@@ -445,7 +445,8 @@ def keep_freed_memory() -> None:
     By default large tensors go back to the kernel at once, and each page of the next one is a fault: 4 to 8% of a
     training step on a CPU.
     """
-    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+    is_told = any(name.startswith("MALLOC_") for name in os.environ)
+    if sys.platform != "linux" or is_told or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -535,14 +536,14 @@ class Runtime:
         the step takes longer in bfloat16, and there is nothing to win."""
         seconds = []
         for dtype in (torch.bfloat16, torch.float32):
-            x = torch.ones(SMALL_PASS_TOKENS, h.model_dim, dtype=dtype)
+            x = torch.ones(512, h.model_dim, dtype=dtype)  # emulated, more would take minutes
             w = torch.ones(int(h.mlp_mult * h.model_dim), h.model_dim, dtype=dtype)
             seconds.append(self.milliseconds(functools.partial(F.linear, x, w)))
         return seconds[0] / seconds[1]
 
     def _initial_rows(self, h: Hyperparameters) -> dict[str, int]:
-        """Return the maximum sequences of a pass in training, scoring and adaptation. On CUDA, with MICRO_BATCH_TOKENS=
-        auto, `limit_rows` replaces them by what should fit; and everywhere the preflight halves what does not."""
+        """Return the maximum sequences of a pass in training, scoring and adaptation. On CUDA, `limit_rows` lowers
+        those that are left to the run, but for scoring. The preflight halves what an allocator refuses."""
         tokens = h.micro_batch_tokens
         if tokens == "auto":
             tokens = BIG if self.device.type == "cuda" else SMALL_PASS_TOKENS
@@ -649,7 +650,7 @@ class Runtime:
         return time.perf_counter()
 
     def free_memory(self) -> int:
-        """Return the bytes that this process could still use: of the GPU; elsewhere nobody knows, and it is 0."""
+        """Return the bytes that this process could still use: of a CUDA device. Others are not asked: 0."""
         if self.device.type != "cuda":
             return 0
         free, total = torch.cuda.mem_get_info()
@@ -659,8 +660,8 @@ class Runtime:
     def fits(self, work: Callable[[], Any]) -> bool:
         """Do `work`, which must not communicate. Return whether there was enough memory on every rank."""
         enough = self._has_memory_for(work)
-        if not enough and self.device.type == "cuda":
-            torch.cuda.empty_cache()  # what it had got so far is in pieces of the wrong sizes
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # other libraries cannot use what torch keeps, and its pieces may not fit again
         return self.least(enough) == 1
 
     def _has_memory_for(self, work: Callable[[], Any]) -> bool:
@@ -1671,7 +1672,8 @@ def bytes_per_token(h: Hyperparameters, rt: Runtime) -> float:
     """Return the bytes of GPU memory that a forward and backward pass takes for each of its tokens.
 
     The numbers of activations are fitted to the peaks of torch 2.11's allocator, and within 5% of them: 4 to 11 layers,
-    D 512 and 768, MLP_MULT 3 and 4, V 1,024 and 8,192, compiled for an H200 and not (2026-11-28).
+    D 512 and 768, MLP_MULT 3 and 4, V 1,024 and 8,192, compiled for an H200 and not (2026-11-28). Attention that keeps
+    its T x T weights, as torch's does where it has no better kernel, comes on top.
     """
     hidden = h.mlp_mult * h.model_dim
     if rt.compiled:
@@ -2335,22 +2337,24 @@ def limit_rows(run: Run) -> None:
         return
     # Beside the weights there will be gradients and their sum, momenta, two averages, and an update in progress.
     state = 6 * 4 * sum(p.numel() for p in run.model.parameters())
-    tokens = (0.9 * rt.least(rt.free_memory()) - state) / bytes_per_token(h, rt)
-    tokens = min(tokens, 2**31 / max(h.vocab_size, h.mlp_mult * h.model_dim))  # larger tensors need 64-bit indices
+    tokens = (0.85 * rt.least(rt.free_memory()) - state) / bytes_per_token(h, rt)
+    tokens = min(
+        tokens, (2**31 - 1) / max(h.vocab_size, h.mlp_mult * h.model_dim)
+    )  # larger tensors need 64-bit indices
     rt.max_rows["training"] = max(1, int(tokens / h.train_seq_len))
     rt.max_rows["adaptation"] = max(1, int(tokens / h.window))
 
 
 def fit_rows(rt: Runtime, phase: str, rows: int, work: Callable[[], Any]) -> None:
-    """Set `rt.max_rows[phase]` to `rows`, or to the half of it, a quarter …: the first with which `work` has enough
-    memory on all ranks. Raise UserError where even one sequence is too much."""
-    rt.max_rows[phase] = rows
+    """Do `work`, whose passes have `rows` sequences. Where it is out of memory on any rank, halve them for all, in
+    `rt.max_rows[phase]`, and do it again. Raise UserError where even one sequence is too much."""
     while not rt.fits(work):
-        if rt.max_rows[phase] == 1:
-            raise UserError(f"{phase} does not fit into the memory of this device, one sequence at a time: use another")
-        rt.max_rows[phase] //= 2
-        rt.log(f"out of memory: {phase} again with at most {rt.max_rows[phase]} sequences in a pass")
-    rt.record("rows", phase=phase, rows=rt.max_rows[phase])
+        if rows == 1:
+            raise UserError(f"{phase} does not fit into the memory of this device: shorten TRAIN_ or EVAL_SEQ_LEN")
+        rows //= 2
+        rt.max_rows[phase] = rows
+        rt.log(f"out of memory: {phase} again with at most {rows} sequences in a pass")
+    rt.record("rows", phase=phase, rows=rows)
 
 
 def preflight(run: Run) -> float:
@@ -2362,14 +2366,16 @@ def preflight(run: Run) -> float:
     initial = [p.detach().clone() for p in parameters]
     limit_rows(run)
     pick_kernels(run)
+    trainer = None
     if h.trains:
-        _preflight_training(run)
+        trainer = _preflight_training(run)
         run = run._replace(calibrated=_preflight_calibration(run))
     if not h.eval_only and rt.rank == 0:
         weights = dict(run.model.named_parameters())
         quantized = quantize_weights(prepare_weights(run, weights, h.prune_frac), quant_floor=1.0)
         decode(encode(h, quantized, 1.0, h.compressor), "the preflight's file")
     _preflight_scoring(run)
+    del trainer  # whose state was there, as it is when the raw weights are scored
     with torch.no_grad():
         torch._foreach_copy_(parameters, initial)
     seconds = rt.now() - start
@@ -2409,11 +2415,12 @@ def fit_training(trainer: Trainer) -> None:
     fit_rows(rt, "training", rows // grad_accum_steps, first_passes)
     run.model.zero_grad(set_to_none=True)
     rows, grad_accum_steps = batch_plan(h, rt)
+    rt.max_rows["training"] = rows // grad_accum_steps
     shape = f"{rows // grad_accum_steps} x {h.train_seq_len} tokens"
     rt.log(f"step: {rt.world_size} processes x {grad_accum_steps} micro-batches x {shape}")
 
 
-def _preflight_training(run: Run) -> None:
+def _preflight_training(run: Run) -> Trainer:
     h = run.h
     trainer = Trainer(run)
     fit_training(trainer)
@@ -2421,6 +2428,7 @@ def _preflight_training(run: Run) -> None:
     for _ in range(num_steps):
         trainer.step(1.0, random_batch(run))
     trainer.apply_average()
+    return trainer
 
 
 def _preflight_calibration(run: Run) -> dict[str, Any]:
@@ -2973,7 +2981,10 @@ class TTT:
             self.optimizer = torch.optim.AdamW(options)
 
     def score(self, scorer: Scorer, windows: np.ndarray) -> tuple[Tensor, int]:
-        """Score the windows' targets, once and for all. Return the nats and bytes of those that this rank scored."""
+        """Score the windows' targets, once and for all. Return the nats and bytes of those that this rank scored.
+
+        Like `backward`, it must not communicate: where memory is short, the preflight does it again in smaller passes.
+        """
         return scorer.score(windows)
 
     def batches(self, tokens: Tensor, begin: int, end: int) -> list[Batch]:
@@ -3003,8 +3014,12 @@ class TTT:
 
     def backward(self, batch: Batch) -> None:
         """Add this rank's part of the gradient to what the parameters have."""
-        parts = equal_parts(len(batch.inputs), self.run.rt.max_rows["adaptation"])
-        for inputs, targets in zip(batch.inputs.chunk(parts), batch.targets.chunk(parts)):
+        parts = math.ceil(len(batch.inputs) / self.run.rt.max_rows["adaptation"])
+        rows = math.ceil(len(batch.inputs) / parts)
+        padding = (0, 0, 0, parts * rows - len(batch.inputs))  # with empty rows: all parts have one shape
+        all_inputs = F.pad(batch.inputs, padding)
+        all_targets = F.pad(batch.targets, padding, value=-100)
+        for inputs, targets in zip(all_inputs.split(rows), all_targets.split(rows)):
             nll = self.run.token_nll(inputs, targets)
             loss = nll.sum() / batch.num_targets
             loss.backward()

@@ -145,6 +145,9 @@ def test_freed_memory_is_kept_unless_the_user_has_said_how(monkeypatch: pytest.M
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
     t.keep_freed_memory()
     monkeypatch.delenv("MALLOC_ARENA_MAX")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=1")
+    t.keep_freed_memory()
+    monkeypatch.delenv("GLIBC_TUNABLES")
     monkeypatch.setattr(sys, "platform", "win32")
     t.keep_freed_memory()
     assert len(calls) == 2
