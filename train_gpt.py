@@ -2331,16 +2331,15 @@ def pick_kernels(run: Run) -> None:
 
 
 def limit_rows(run: Run) -> None:
-    """Where MICRO_BATCH_TOKENS leaves it to the run, limit the sequences of a pass to what should fit into the GPU."""
+    """With MICRO_BATCH_TOKENS=auto, limit the sequences of a pass to what should fit into the GPU."""
     h, rt = run.h, run.rt
     if h.micro_batch_tokens != "auto" or rt.device.type != "cuda":
         return
     # Beside the weights there will be gradients and their sum, momenta, two averages, and an update in progress.
     state = 6 * 4 * sum(p.numel() for p in run.model.parameters())
     tokens = (0.85 * rt.least(rt.free_memory()) - state) / bytes_per_token(h, rt)
-    tokens = min(
-        tokens, (2**31 - 1) / max(h.vocab_size, h.mlp_mult * h.model_dim)
-    )  # larger tensors need 64-bit indices
+    widest = max(h.vocab_size, h.mlp_mult * h.model_dim)
+    tokens = min(tokens, (2**31 - 1) / widest)  # larger tensors need 64-bit indices
     rt.max_rows["training"] = max(1, int(tokens / h.train_seq_len))
     rt.max_rows["adaptation"] = max(1, int(tokens / h.window))
 

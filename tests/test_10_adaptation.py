@@ -423,3 +423,28 @@ def test_a_text_of_one_chunk_is_a_warning(
     """It is scored as without adaptation, under a name that says otherwise."""
     t.eval_val_ttt(make_run(num_targets, ttt_chunk_tokens=64))
     assert ("WARNING: the text is one chunk, so nothing is adapted" in capsys.readouterr().out) == warned
+
+
+@pytest.mark.parametrize(
+    ("max_rows", "shapes"), [(8, [(5, 32)]), (4, [(3, 32)] * 2), (2, [(2, 32)] * 3), (1, [(1, 32)] * 5)]
+)
+def test_a_batch_is_cut_into_passes_of_one_shape_with_the_gradient_of_the_whole(
+    make_run: Callable, max_rows: int, shapes: list[tuple[int, int]]
+) -> None:
+    run, found = make_run(ttt_batch_seqs=5), []
+
+    def token_nll(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        found.append(tuple(x.shape))
+        return run.model.token_nll(x, y)
+
+    ttt = t.TTT(run._replace(token_nll=token_nll))
+    gradients = []
+    for rows in (5, max_rows):
+        run.rt.max_rows["adaptation"] = rows
+        found.clear()
+        ttt.backward(ttt.batches(run.val.tokens, 0, 160)[0])
+        gradients.append([p.grad.clone() for p in run.model.parameters()])
+        run.model.zero_grad()
+    assert found == shapes
+    for whole, cut in zip(*gradients):  # sums of 160 terms in another order
+        assert (whole - cut).abs().max() <= 2e-5 * whole.abs().max()
