@@ -661,7 +661,7 @@ class Runtime:
         """Do `work`, which must not communicate. Return whether there was enough memory on every rank."""
         enough = self._has_memory_for(work)
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # other libraries cannot use what torch keeps, and its pieces may not fit again
+            torch.cuda.empty_cache()  # for other libraries, and for pieces of other sizes
         return self.least(enough) == 1
 
     def _has_memory_for(self, work: Callable[[], Any]) -> bool:
@@ -670,7 +670,7 @@ class Runtime:
             spare = torch.empty(self.free_memory() // 10, dtype=torch.uint8, device=self.device)
             work()
             del spare
-        except RuntimeError as error:  # libraries and devices other than CUDA have no class of their own for it
+        except RuntimeError as error:  # only CUDA has a class of its own for it
             if not OUT_OF_MEMORY.search(str(error)):
                 raise
             return False
@@ -1669,7 +1669,7 @@ class GPT(nn.Module):
 
 
 def bytes_per_token(h: Hyperparameters, rt: Runtime) -> float:
-    """Return the bytes of GPU memory that a forward and backward pass takes for each of its tokens.
+    """Return the bytes of GPU memory that a forward and backward pass takes for each token.
 
     The numbers of activations are fitted to the peaks of torch 2.11's allocator, and within 5% of them: 4 to 11 layers,
     D 512 and 768, MLP_MULT 3 and 4, V 1,024 and 8,192, compiled for an H200 and not (2026-11-28). Attention that keeps
