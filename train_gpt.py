@@ -414,7 +414,7 @@ def read_environment(knobs: Iterable[str]) -> dict[str, str]:
 
 # =================================================== 2  RUNTIME =======================================================
 CGROUPS = Path("/sys/fs/cgroup")  # where Linux tells a container its limits
-# Of a pass on a CPU. 16,384 tokens would take four times the memory and save 1 to 3% of a step, 1,024 would add 4 to
+# Of a pass where there is no CUDA. On a CPU 16,384 tokens would take four times the memory and save 1 to 3% of a step, 1,024 would add 4 to
 # 20% (records/env/bench.env on 2 cores of AMD Zen 4, compiled and not).
 SMALL_PASS_TOKENS = 4096
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory|bad_alloc|ALLOC_FAILED")
@@ -531,15 +531,17 @@ class Runtime:
         return torch.bfloat16 if use_bfloat16 else torch.float32
 
     def _bfloat16_cost(self, h: Hyperparameters) -> float:
-        """Return the time of a product of the MLP in bfloat16, in units of the time in float32: on a CPU 0.5 with
-        instructions for it (2 cores of AMD Zen 4), and 26 without, which emulates it. Without compilation the rest of
-        the step takes longer in bfloat16, and there is nothing to win."""
-        seconds = []
+        """Return the time of a product of the MLP in bfloat16, in units of the time in float32.
+
+        0.35 to 0.53 on 2 cores of AMD Zen 4, which have instructions for it; others emulate it, and take many times as
+        long. A whole step that is not compiled gains 5% there, too little for the rounding.
+        """
+        milliseconds = []
         for dtype in (torch.bfloat16, torch.float32):
             x = torch.ones(512, h.model_dim, dtype=dtype)  # emulated, more would take minutes
             w = torch.ones(int(h.mlp_mult * h.model_dim), h.model_dim, dtype=dtype)
-            seconds.append(self.milliseconds(functools.partial(F.linear, x, w)))
-        return seconds[0] / seconds[1]
+            milliseconds.append(self.milliseconds(functools.partial(F.linear, x, w)))
+        return milliseconds[0] / milliseconds[1]
 
     def _initial_rows(self, h: Hyperparameters) -> dict[str, int]:
         """Return the maximum sequences of a pass in training, scoring and adaptation. On CUDA, `limit_rows` lowers
