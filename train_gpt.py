@@ -414,8 +414,8 @@ def read_environment(knobs: Iterable[str]) -> dict[str, str]:
 
 # =================================================== 2  RUNTIME =======================================================
 CGROUPS = Path("/sys/fs/cgroup")  # where Linux tells a container its limits
-# Of a pass where there is no CUDA. On a CPU 16,384 tokens would take four times the memory and save 1 to 3% of a step, 1,024 would add 4 to
-# 20% (records/env/bench.env on 2 cores of AMD Zen 4, compiled and not).
+# Of a pass where there is no CUDA. On a CPU, 16,384 would take four times the memory and save 1 to 3% of a step, and
+# 1,024 would add 4 to 20% (records/env/bench.env on 2 cores of AMD Zen 4, compiled and not).
 SMALL_PASS_TOKENS = 4096
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory|bad_alloc|ALLOC_FAILED")
 
