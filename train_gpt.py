@@ -944,13 +944,14 @@ def equal_parts(rows: int, max_rows: int) -> int:
 
 
 def batch_plan(h: Hyperparameters, rt: Runtime) -> tuple[int, int]:
-    """Return (sequences per rank and step, gradient accumulation steps). Raise UserError if they do not divide."""
+    """Return (sequences of a micro-batch, micro-batches of a step) for a rank. Raise UserError if they do not divide."""
     sequences = h.train_batch_tokens // h.train_seq_len
     if sequences % rt.world_size:
         step_tokens = f"{rt.world_size} x {h.train_seq_len} tokens"
         raise UserError(f"TRAIN_BATCH_TOKENS={h.train_batch_tokens} is not a multiple of {step_tokens}")
     rows = sequences // rt.world_size
-    return rows, equal_parts(rows, rt.max_rows["training"])
+    grad_accum_steps = equal_parts(rows, rt.max_rows["training"])
+    return rows // grad_accum_steps, grad_accum_steps
 
 
 class TokenLoader:
@@ -969,7 +970,8 @@ class TokenLoader:
         self.offsets = np.cumsum([0, *map(len, shards)])  # where each shard begins, and the end
         self.num_tokens = int(self.offsets[-1])
         self.num_windows = max(1, self.num_tokens // h.train_seq_len)
-        self.rows, self.grad_accum_steps = batch_plan(h, rt)
+        rows, self.grad_accum_steps = batch_plan(h, rt)
+        self.rows = rows * self.grad_accum_steps  # of a step
         self.epoch = -1  # the epoch that `phase` and `order` belong to
         self.phase = 0
         self.order = None
@@ -2319,8 +2321,7 @@ def pick_kernels(run: Run) -> None:
         return
     rows = rt.max_rows["scoring"]
     if h.trains:
-        rows_per_step, grad_accum_steps = batch_plan(h, rt)
-        rows = rows_per_step // grad_accum_steps
+        rows, _ = batch_plan(h, rt)
     shape = (min(rows, max(1, TRIAL_TOKENS // h.train_seq_len)), h.train_seq_len)
     attend = pick_attention(run, shape)
     fused = {}  # one trial for all MLPs of a kind: the same class and the same numbers and switches
@@ -2397,7 +2398,7 @@ def random_text(h: Hyperparameters, num_targets: int) -> Validation:
 def random_batch(run: Run) -> list[tuple[Tensor, Tensor]]:
     """Return random tokens as the micro-batches of a step."""
     rows, grad_accum_steps = batch_plan(run.h, run.rt)
-    shape = (grad_accum_steps, rows // grad_accum_steps, run.h.train_seq_len)
+    shape = (grad_accum_steps, rows, run.h.train_seq_len)
     x = torch.randint(run.h.vocab_size, shape, device=run.rt.device)
     return list(zip(x, x.roll(-1, -1)))
 
@@ -2412,12 +2413,12 @@ def fit_training(trainer: Trainer) -> None:
         run.model.zero_grad(set_to_none=True)
         trainer.backward(random_batch(run)[:2])
 
-    rows, grad_accum_steps = batch_plan(h, rt)
-    fit_rows(rt, "training", rows // grad_accum_steps, first_passes)
+    rows, _ = batch_plan(h, rt)
+    fit_rows(rt, "training", rows, first_passes)
     run.model.zero_grad(set_to_none=True)
     rows, grad_accum_steps = batch_plan(h, rt)
-    rt.max_rows["training"] = rows // grad_accum_steps
-    shape = f"{rows // grad_accum_steps} x {h.train_seq_len} tokens"
+    rt.max_rows["training"] = rows
+    shape = f"{rows} x {h.train_seq_len} tokens"
     rt.log(f"step: {rt.world_size} processes x {grad_accum_steps} micro-batches x {shape}")
 
 

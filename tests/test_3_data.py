@@ -527,14 +527,14 @@ def test_the_batch_plan_holds_to_its_bounds(tiny: Callable) -> None:
             train_seq_len=length, eval_seq_len=32, train_batch_tokens=world_size * rows * length,
             micro_batch_tokens=draw.randint(1, 2 * rows * length),
         )  # fmt: skip
-        planned_rows, cuts = t.batch_plan(h, make_runtime(h, 0, world_size))
-        assert planned_rows == rows and rows % cuts == 0
+        rows_of_a_pass, cuts = t.batch_plan(h, make_runtime(h, 0, world_size))
+        assert rows_of_a_pass * cuts == rows
         fits = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n * length <= h.micro_batch_tokens]
         # The fewest equal passes that fit; where not even one sequence does, a sequence a pass.
         assert cuts == (fits[0] if fits else rows)
 
 
-@pytest.mark.parametrize(("world_size", "plan"), [(8, (48, 1)), (4, (96, 2)), (1, (384, 8))])
+@pytest.mark.parametrize(("world_size", "plan"), [(8, (48, 1)), (4, (48, 2)), (1, (48, 8))])
 def test_passes_of_98_304_tokens_are_one_on_each_of_8_gpus_and_eight_on_one(
     world_size: int, plan: tuple[int, int]
 ) -> None:
