@@ -944,7 +944,7 @@ def equal_parts(rows: int, max_rows: int) -> int:
 
 
 def batch_plan(h: Hyperparameters, rt: Runtime) -> tuple[int, int]:
-    """Return (sequences of a micro-batch, micro-batches of a step) for a rank. Raise UserError if they do not divide."""
+    """Return a rank's (sequences of a micro-batch, micro-batches of a step). Raise UserError if they do not divide."""
     sequences = h.train_batch_tokens // h.train_seq_len
     if sequences % rt.world_size:
         step_tokens = f"{rt.world_size} x {h.train_seq_len} tokens"
