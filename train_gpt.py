@@ -2448,8 +2448,9 @@ def _preflight_scoring(run: Run) -> None:
     chunk = h.ttt_chunk_tokens if h.ttt_mode == "score_first" else h.ttt_batch_seqs * h.window
     num_windows = 1 + rt.max_rows["scoring"] * rt.world_size
     val = random_text(h, max(chunk, num_windows * h.window))
-    plain = Scorer(run, val, h.window, "preflight")
-    sliding = Scorer(run, val, h.stride, "preflight")
+    plain = Scorer(run, val, h.window)
+    sliding = Scorer(run, val, h.stride)
+    plain.progress.total = sliding.progress.total = 0  # only a batch of the text is scored: no time left to estimate
     score_sliding = sliding.score
     ttt = None
     if h.ttt_enabled:
@@ -3207,6 +3208,7 @@ def report(run: Run, score: Score, stats: dict[str, Any]) -> None:
     result = {"run_id": rt.run_dir.name, "seed": h.seed, "kind": kind, **score._asdict(), **stats}
     result |= {"bytes_code": len(run.code), "code_form": code_form(run.code), "bytes_total": total_bytes}
     result |= {"compliant": not breaks, "rule_breaks": breaks, "machine": rt.describe()}
+    rt.compiler.close()  # whatever is compiled from here on is in nobody's time
     result |= {"graphs_compiled_after_preflight": rt.compiler.num_late, "sequences_per_pass": rt.max_rows}
     result |= {"code_sha256": hashlib.sha256(run.code).hexdigest(), "settings": h.values()}
     rt.record("final", **result)
