@@ -23,6 +23,7 @@ from __future__ import annotations
 import base64
 import collections
 import concurrent.futures
+import contextlib
 import copy
 import ctypes
 import difflib
@@ -73,7 +74,7 @@ RETIRED = {
     *"TRIGRAM_VOCAB_SIZE TRIGRAM_DIM".split(),
 }
 # Names, and first words of names, that unrelated programs use too (MAX_JOBS). Only near-misses of these are rejected.
-COMMON = set("COMPILE DATA DEVICE EXPORT MAX MICRO MODEL MODEL_DIR NUM NUM_THREADS PROJ RUN SEED SIZE".split())
+COMMON = set("COMPILE CUDA DATA DEVICE EXPORT MAX MICRO MODEL MODEL_DIR NUM NUM_THREADS PROJ RUN SEED SIZE".split())
 
 
 class Knob:
@@ -146,10 +147,10 @@ def _parse_number(value: Any, kind: type, low: float, high: float) -> Any:
 
 
 class AutoKnob(Knob):
-    """A number of a range, whose type is that of its bounds; or auto, the default, which leaves it to the run."""
+    """A number of a range, whose type is that of its bounds; or auto, which leaves it to the run."""
 
-    def __init__(self, allowed: tuple, meaning: str):
-        super().__init__("auto", allowed, meaning)
+    def __init__(self, allowed: tuple, meaning: str, default: Any = "auto"):
+        super().__init__(default, allowed, meaning)
         self.kind = type(allowed[0])
 
     def parse(self, name: str, value: Any) -> Any:
@@ -187,6 +188,7 @@ class Hyperparameters:
     seed = Knob(1337, (0, 2**31 - 1), "seeds the initial weights, the training order and the preflight's tokens")
     device = Knob("auto", ("auto", "cuda", "mps", "cpu"), "auto: the first of these that is available")
     compile = Knob("auto", ("auto", "0", "1"), "torch.compile; auto: on CUDA only")
+    cuda_graphs = Knob(True, None, "replay scoring and adaptation as CUDA graphs: one launch for hundreds of kernels")
     dtype = Knob(
         "auto",
         ("auto", "float32", "bfloat16"),
@@ -278,11 +280,14 @@ class Hyperparameters:
     eval_stride = Knob(64, (0, 2**20), "targets scored per window; 0: windows do not overlap")
     eval_batch_seqs = AutoKnob((1, 4096), "maximum windows per forward pass; auto: 32, fewer on a CPU")
     eval_ladder = Knob(False, None, "with TTT, also score the sliding windows without it, for the report")
+    eval_budget_seconds = Knob(600.0, (1.0, 1e9), "seconds that the final score may take, with all adaptation")
     ttt_enabled = Knob(True, None, "adapt at test time")
     ttt_mode = Knob("score_first", ("score_first", "pre"), "pre: adapt, then score, which BREAKS THE RULES")
     ttt_optimizer = Knob("sgd", ("sgd", "adamw"), "SGD with momentum, or AdamW with betas 0.9 and 0.999 and no decay")
     ttt_lr = Knob(0.03, (0.0, 10.0), "peak learning rate")
-    ttt_epochs = Knob(3, (1, 1000), "passes over each chunk (pre: over the whole text)")
+    ttt_epochs = AutoKnob(
+        (1, 1000), "passes over each chunk (pre: over the whole text); auto: what fits EVAL_BUDGET_SECONDS", default=3
+    )
     ttt_chunk_tokens = Knob(32_768, (1, BIG), "targets that are scored before each adaptation")
     ttt_momentum = Knob(0.9, (0.0, 0.9999), "momentum of SGD")
     ttt_batch_seqs = Knob(32, (1, 65_536), "sequences per adaptation step, over all processes")
@@ -480,6 +485,7 @@ class Runtime:
         self.compiled = cuda if h.compile == "auto" else h.compile == "1"
         self._set_compiler_defaults()
         self.compiler = CompilerWatch(self)
+        self.records_graphs = cuda and h.cuda_graphs
         self.lag = int(cuda)  # steps that the host may be ahead of the device
         self.pending = None  # the number that lagged_item returns next
         self.files = []  # train.log and metrics.jsonl, on rank 0
@@ -498,6 +504,7 @@ class Runtime:
         if not self.has_kernels:
             refuse_kernels(h)
         self.max_rows = self._initial_rows(h)
+        self.pass_seconds: dict[str, float] = {}  # of a batch of scoring and a step of adaptation, for the plan
         torch.manual_seed(h.seed)
 
     def _pick_device(self, name: str) -> torch.device:
@@ -636,6 +643,18 @@ class Runtime:
             return function
         return self.compiler.watched(function, torch.compile(function, dynamic=False, fullgraph=True))
 
+    def replayed(self, function: Callable[..., None], name: str) -> Callable[..., None]:
+        """Return `function`, which works in place, as a ReplayedFunction on CUDA, or unchanged on other devices."""
+        return ReplayedFunction(self, function, name) if self.device.type == "cuda" else function
+
+    def record_graph(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Record what `work` gives the device, which does not do it yet. Return a function that has it done."""
+        graph = torch.cuda.CUDAGraph()
+        # Thread-local: the loader's thread may pin memory meanwhile, and NCCL's watchdog ask for its events.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            work()
+        return graph.replay
+
     def to_device(self, array: np.ndarray) -> Tensor:
         """Return the array as int64 on the device; the host does not wait for the copy."""
         tensor = torch.from_numpy(array)
@@ -690,6 +709,18 @@ class Runtime:
             durations.append(self.now() - start)
         return 1000 * min(durations) / 10
 
+    def pace(self, work: Callable[[], Any]) -> float:
+        """Return the seconds of a call of `work`, which has been called before, on the slowest rank."""
+        calls = 1
+        if self.device.type == "cuda":  # where the next call is recorded, and the first replay is slow
+            work()
+            work()
+            calls = 10
+        start = self.now()
+        for _ in range(calls):
+            work()
+        return -self.least((start - self.now()) / calls)
+
     def lagged_item(self, number: Tensor) -> float:
         """Non-blocking `.item()`: on CUDA, return the previous call's number (nan at first), so the host never waits
         for the step that it has just launched, and is never more than one step ahead."""
@@ -733,6 +764,12 @@ class Runtime:
         print(line, flush=True)
         for log_file in self.files[:1]:
             print(line, file=log_file, flush=True)
+
+    def warn(self, line: str) -> None:
+        """Log a warning on rank 0. Print it on every other rank, with its number."""
+        if self.rank != 0:
+            print(f"rank {self.rank}: WARNING: {line}", file=sys.stderr, flush=True)
+        self.log(f"WARNING: {line}")
 
     def record(self, event: str, **fields: Any) -> None:
         """Append a JSON line to metrics.jsonl."""
@@ -801,6 +838,56 @@ class CompilerWatch:
             self.rt.log(f"WARNING: {name} was compiled after the preflight, in {seconds:.1f}s that count")
         elif seconds > SLOW_COMPILE_SECONDS:
             self.rt.log(f"compiled {name} in {seconds:.1f}s")
+
+
+class ReplayedFunction:
+    """A function that works in place on a GPU, replayed as one CUDA graph: the host launches hundreds of kernels at
+    once, in 0.1 ms instead of 10.
+
+    The first call with some shapes runs as usual, which compiles and allocates what there is to; the second is
+    recorded. So the function must do the same work at every call, on tensors that stay in their places, without
+    looking at a value, and return nothing. Its arguments are copied to where it was recorded to read them, numbers as
+    tensors. Where recording fails, a warning says so, and it runs as usual.
+    """
+
+    def __init__(self, rt: Runtime, function: Callable[..., None], name: str):
+        self.rt = rt
+        self.function = function
+        self.name = name
+        self.inputs: dict[tuple, list[Tensor]] = {}  # shapes -> the arguments in their places
+        self.replays: dict[tuple, Callable[[], None]] = {}  # shapes -> what does the work of a call
+
+    def __call__(self, *args: Tensor | float) -> None:
+        shapes = tuple(getattr(arg, "shape", ()) for arg in args)
+        if shapes not in self.inputs:
+            self.inputs[shapes] = [self._place(arg) for arg in args]
+            self.function(*self.inputs[shapes])
+            return
+        for place, arg in zip(self.inputs[shapes], args):
+            if isinstance(arg, Tensor):
+                place.copy_(arg)
+            else:
+                place.fill_(arg)
+        if shapes not in self.replays:
+            self.replays[shapes] = self._recorded(functools.partial(self.function, *self.inputs[shapes]))
+        self.replays[shapes]()
+
+    def _place(self, arg: Tensor | float) -> Tensor:
+        """Return an argument in a place of its own."""
+        if isinstance(arg, Tensor):
+            return arg.clone()
+        return torch.full((), arg, dtype=torch.float32, device=self.rt.device)
+
+    def _recorded(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Return a function that replays `work`, or `work` itself where it cannot be recorded."""
+        if not self.rt.records_graphs:
+            return work
+        try:
+            return self.rt.record_graph(work)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            self.rt.warn(f"{self.name} is not replayed as a CUDA graph and so takes longer: {reason}")
+            return work
 
 
 class Progress:
@@ -2463,13 +2550,13 @@ def _preflight_scoring(run: Run) -> None:
         score_sliding(sliding.windows[:num_windows])
 
     fit_rows(rt, "scoring", rt.max_rows["scoring"], score_both)
+    rt.pass_seconds["scoring"] = rt.pace(lambda: score_sliding(sliding.windows[1:num_windows]))
     if ttt:
         batch = ttt.batches(sliding.tokens, 0, chunk)[0]
-        fit_rows(rt, "adaptation", min(len(batch.inputs), rt.max_rows["adaptation"]), lambda: ttt.backward(batch))
-        run.model.zero_grad(set_to_none=True)
+        add_gradients = functools.partial(ttt.add_gradients, *batch)
+        fit_rows(rt, "adaptation", min(len(batch.inputs), rt.max_rows["adaptation"]), add_gradients)
         ttt.adapt(batch, lr_scale=0.0)
-        ttt.optimizer.step()
-        run.model.zero_grad(set_to_none=True)
+        rt.pass_seconds["adaptation"] = rt.pace(functools.partial(ttt.adapt, batch, lr_scale=0.0))
 
 
 # ==================================================== 8  ARTIFACT =====================================================
@@ -2849,26 +2936,20 @@ def plan_windows(begin: int, end: int, length: int, stride: int) -> np.ndarray:
     return np.stack((first_positions, first_targets, ends), axis=1)
 
 
-def gather_windows(
-    rt: Runtime, tokens: Tensor, windows: np.ndarray, length: int, rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return inputs, targets and target_idx, each (rows, length), of `windows`, padded with empty rows.
+def gather_windows(tokens: Tensor, windows: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return inputs, targets and target_idx, each (W, length), of windows (W, 3), all on one device.
 
-    Padding and targets of other windows are -100; their index is N, the number of targets.
+    Targets of other windows are -100, and all are in an empty window of zeros; their index is N, the number of targets.
     """
     num_targets = len(tokens) - 1
-    padded = np.pad(windows, ((0, rows - len(windows)), (0, 0)))  # (rows, 3)
-    start, first_target, end = np.split(padded, 3, axis=1)  # (rows, 1) each
-    positions = start + np.arange(length + 1)  # (rows, length + 1)
+    start, first_target, end = windows.split(1, dim=1)  # (W, 1) each
+    positions = start + torch.arange(length + 1, device=tokens.device)  # (W, length + 1)
+    ids = tokens[positions].long()
     # Position p has target p. A window's own targets are those in [first_target, end).
     target_idx = positions[:, :-1]
     is_own = (target_idx >= first_target) & (target_idx < end)
-    target_idx = rt.to_device(np.where(is_own, target_idx, num_targets))
-    # Gather on the device: the text is there already.
-    ids = tokens[rt.to_device(positions)].long()
-    inputs = ids[:, :-1]
-    targets = ids[:, 1:].masked_fill(target_idx == num_targets, -100)
-    return inputs, targets, target_idx
+    targets = ids[:, 1:].where(is_own, -100)
+    return ids[:, :-1], targets, target_idx.where(is_own, num_targets)
 
 
 class Scorer:
@@ -2883,7 +2964,12 @@ class Scorer:
         self.tokens = val.tokens.to(run.rt.device)
         # This rank's scores. The last entry takes what padding writes and is never read.
         self.nll = torch.full((val.num_targets + 1,), math.nan, device=run.rt.device)
+        self.loss_sum = torch.zeros((), dtype=run.rt.sum_dtype, device=run.rt.device)  # of one call of `score`
         self.times_scored = np.zeros(val.num_targets, dtype=np.uint8)
+        self.score_tails = {}  # number of last positions that are scored -> what scores them, in a batch of windows
+        for last_n in (self.length, min(stride, self.length)):
+            score_tail = functools.partial(self._score_tail, last_n)
+            self.score_tails[last_n] = run.rt.replayed(score_tail, f"scoring of {last_n} targets a window")
         self.progress = Progress(run.rt, f"{label} with stride {stride}", val.num_targets, "tok")
         self.start = run.rt.now()
 
@@ -2896,29 +2982,35 @@ class Scorer:
             rows = min(rows, len(self.windows))
             full_rows = 1
         is_full = windows[:, 2] - windows[:, 1] > self.stride  # the text's first window: all its positions are scored
-        full_loss, full_bytes = self._score_batches(windows[is_full], self.length, full_rows)
-        last_n = min(self.stride, self.length)
-        strided_loss, strided_bytes = self._score_batches(windows[~is_full], last_n, rows)
-        return full_loss + strided_loss, full_bytes + strided_bytes
+        self.loss_sum.zero_()
+        byte_count = self._score_batches(windows[is_full], self.length, full_rows)
+        byte_count += self._score_batches(windows[~is_full], min(self.stride, self.length), rows)
+        return self.loss_sum.clone(), byte_count
 
-    def _score_batches(self, windows: np.ndarray, last_n: int, rows: int) -> tuple[Tensor, int]:
-        """Score windows whose targets are within their last positions, in batches of `rows`."""
+    def _score_batches(self, windows: np.ndarray, last_n: int, rows: int) -> int:
+        """Score windows whose targets are within their last positions, in batches of `rows`. Return the bytes of the
+        targets that this rank scored."""
         rt = self.run.rt
-        loss_sum = torch.zeros((), dtype=rt.sum_dtype, device=rt.device)
+        on_device = rt.to_device(windows)
         byte_count = 0
         for i, low in enumerate(range(0, len(windows), rows)):
             batch = windows[low : low + rows]
             begin, end = int(batch[0, 1]), int(batch[-1, 2])
             if i % rt.world_size == rt.rank:
-                inputs, targets, target_idx = gather_windows(rt, self.tokens, batch, self.length, rows)
-                nll = self.run.token_nll(inputs, targets[:, -last_n:])  # (rows, last_n)
-                self.nll[target_idx[:, -last_n:]] = nll
-                loss_sum += nll.sum(dtype=rt.sum_dtype)
+                padding = (0, 0, 0, rows - len(batch))  # with empty windows
+                self.score_tails[last_n](F.pad(on_device[low : low + rows], padding))
                 byte_count += int(self.val.target_bytes[begin:end].sum())
                 for _, first_target, window_end in batch:
                     self.times_scored[first_target:window_end] += 1
             self.progress.advance(end - begin)
-        return loss_sum, byte_count
+        return byte_count
+
+    def _score_tail(self, last_n: int, windows: Tensor) -> None:
+        """Score the targets of windows (W, 3) at their last positions: write them into `nll`, add them to the sum."""
+        inputs, targets, target_idx = gather_windows(self.tokens, windows, self.length)
+        nll = self.run.token_nll(inputs, targets[:, -last_n:])  # (W, last_n)
+        self.nll[target_idx[:, -last_n:]] = nll
+        self.loss_sum += nll.sum(dtype=self.loss_sum.dtype)
 
     def result(self) -> Score:
         """Return the score, summed in float64. Assert that every target was scored once."""
@@ -2970,23 +3062,32 @@ class TTT:
         h = run.h
         frozen = tuple(f"blocks.{i}." for i in range(h.ttt_freeze_blocks))
         groups = collections.defaultdict(list)  # learning-rate multiplier -> parameters
+        self.frozen = []
         for name, parameter in run.model.named_parameters():
-            if not name.startswith(frozen):
-                factors = [factor for part, factor in h.ttt_multipliers.items() if part in name]
-                groups[factors[0] if factors else 1.0].append(parameter)
+            if name.startswith(frozen):
+                self.frozen.append(parameter)
+                continue
+            factors = [factor for part, factor in h.ttt_multipliers.items() if part in name]
+            groups[factors[0] if factors else 1.0].append(parameter)
         self.parameters = [parameter for group in groups.values() for parameter in group]
+        sizes = [p.numel() for p in self.parameters]
+        self.flat_gradient = torch.zeros(sum(sizes), device=run.rt.device)  # of one collective
+        parts = self.flat_gradient.split(sizes)
+        self.gradients = [part.view_as(p) for part, p in zip(parts, self.parameters)]
+        on_cuda = run.rt.device.type == "cuda"  # fused updates take learning rates that are tensors
         options = []
         for factor, parameters in groups.items():
             options.append({"params": parameters, "peak_lr": h.ttt_lr * factor, "weight_decay": 0.0})
         if h.ttt_optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(options, momentum=h.ttt_momentum)
+            self.optimizer = torch.optim.SGD(options, momentum=h.ttt_momentum, fused=on_cuda or None)
         else:
-            self.optimizer = torch.optim.AdamW(options)
+            self.optimizer = torch.optim.AdamW(options, fused=on_cuda or None, capturable=on_cuda)
+        self.replayed_update = run.rt.replayed(self.update, "adaptation")
 
     def score(self, scorer: Scorer, windows: np.ndarray) -> tuple[Tensor, int]:
         """Score the windows' targets, once and for all. Return the nats and bytes of those that this rank scored.
 
-        Like `backward`, it must not communicate: where memory is short, the preflight does it again in smaller passes.
+        Like `add_gradients`, it must not communicate: where memory is short, the preflight repeats it with fewer rows.
         """
         return scorer.score(windows)
 
@@ -2995,37 +3096,61 @@ class TTT:
         h, rt = self.run.h, self.run.rt
         length = min(h.window, len(tokens) - 1)
         windows = plan_windows(begin, end, length, length)
+        on_device = rt.to_device(windows)
         size = min(h.ttt_batch_seqs, len(windows))
         rows = math.ceil(size / rt.world_size)
         batches = []
         for low in range(0, len(windows), size):
             part = windows[low : low + size]
-            own = part[rt.rank :: rt.world_size]
-            inputs, targets, _ = gather_windows(rt, tokens, own, length, rows)
+            own = on_device[low + rt.rank : low + size : rt.world_size]
+            inputs, targets, _ = gather_windows(tokens, F.pad(own, (0, 0, 0, rows - len(own))), length)
             batches.append(Batch(inputs, targets, num_targets=int(part[-1, 2] - part[0, 1])))
         return batches
 
     def adapt(self, batch: Batch, lr_scale: float) -> None:
-        """Compute the update for a batch that has been scored: the clipped gradient of the mean loss over all ranks'
-        targets, and the learning rate. `optimizer.step` then applies it."""
+        """Train on a batch that has been scored, at the peak learning rates times `lr_scale`."""
+        self.replayed_update(*batch, lr_scale)
+
+    def update(self, inputs: Tensor, targets: Tensor, num_targets: float | Tensor, lr_scale: float | Tensor) -> None:
+        """Take a step along the clipped gradient of the mean loss over all ranks' targets."""
         h = self.run.h
-        self.backward(batch)
-        sum_gradients(self.run.rt, self.parameters, factor=1.0)
+        self.flat_gradient.zero_()
+        self.add_gradients(inputs, targets, num_targets)
+        self.run.rt.all_reduce(self.flat_gradient)
+        for parameter, gradient in zip(self.parameters, self.gradients):
+            parameter.grad = gradient
         if h.ttt_grad_clip:
             torch.nn.utils.clip_grad_norm_(self.parameters, h.ttt_grad_clip)
         set_learning_rates(self.optimizer, lr_scale)
+        self.optimizer.step()
+        self.run.model.zero_grad(set_to_none=True)
 
-    def backward(self, batch: Batch) -> None:
-        """Add this rank's part of the gradient to what the parameters have."""
-        parts = math.ceil(len(batch.inputs) / self.run.rt.max_rows["adaptation"])
-        rows = math.ceil(len(batch.inputs) / parts)
-        padding = (0, 0, 0, parts * rows - len(batch.inputs))  # with empty rows: all parts have one shape
-        all_inputs = F.pad(batch.inputs, padding)
-        all_targets = F.pad(batch.targets, padding, value=-100)
-        for inputs, targets in zip(all_inputs.split(rows), all_targets.split(rows)):
-            nll = self.run.token_nll(inputs, targets)
-            loss = nll.sum() / batch.num_targets
-            loss.backward()
+    def add_gradients(self, inputs: Tensor, targets: Tensor, num_targets: float | Tensor) -> None:
+        """Add this rank's part of the gradient to `self.gradients`, in passes of one shape. Frozen parameters are none
+        of autograd's business meanwhile."""
+        parts = math.ceil(len(inputs) / self.run.rt.max_rows["adaptation"])
+        rows = math.ceil(len(inputs) / parts)
+        padding = (0, 0, 0, parts * rows - len(inputs))  # empty rows
+        all_inputs = F.pad(inputs, padding).split(rows)
+        all_targets = F.pad(targets, padding, value=-100).split(rows)
+        with without_gradients(self.frozen):
+            for part_inputs, part_targets in zip(all_inputs, all_targets):
+                nll = self.run.token_nll(part_inputs, part_targets)
+                loss = nll.sum() / num_targets
+                gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+                torch._foreach_add_(self.gradients, gradients)
+
+
+@contextlib.contextmanager
+def without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """No gradients of these parameters are computed in this context."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def pick_ttt(run: Run) -> TTT:
@@ -3075,9 +3200,7 @@ def eval_val_ttt(run: Run) -> Score:
         lr_scale = cosine(ci / (num_chunks - 1)) if h.ttt_cosine else 1.0
         begin, end = int(windows[0, 1]), int(windows[-1, 2])
         for batch in ttt.batches(scorer.tokens, begin, end) * h.ttt_epochs:
-            ttt.adapt(batch, lr_scale)
-            ttt.optimizer.step()
-            run.model.zero_grad(set_to_none=True)
+            ttt.adapt(batch, lr_scale)  # forward, backward, optimizer.step()
     return scorer.result()
 
 
@@ -3091,9 +3214,54 @@ def adapt_before_scoring(run: Run) -> None:
     for i, batch in enumerate(batches):
         lr_scale = cosine(i / len(batches)) if run.h.ttt_cosine else 1.0
         ttt.adapt(batch, lr_scale)
-        ttt.optimizer.step()
-        run.model.zero_grad(set_to_none=True)
         progress.advance(1)
+
+
+def count_passes(run: Run) -> tuple[int, int]:
+    """Return the batches that a rank scores for the final score, and the steps of an epoch of adaptation."""
+    h, rt, num_targets = run.h, run.rt, run.val.num_targets
+    length = min(h.window, num_targets)
+    windows = plan_windows(0, num_targets, length, h.stride)
+    chunks = [windows]
+    texts = []  # numbers of targets that are adapted to, one after the other
+    if h.ttt_enabled and h.ttt_mode == "pre":
+        texts = [num_targets]
+    elif h.ttt_enabled:
+        chunks = chunk_windows(windows, h.ttt_chunk_tokens)
+        texts = [int(chunk[-1, 2] - chunk[0, 1]) for chunk in chunks[:-1]]
+    windows_at_once = rt.max_rows["scoring"] * rt.world_size
+    num_batches = sum(math.ceil(len(chunk) / windows_at_once) for chunk in chunks)
+    num_steps = sum(math.ceil(math.ceil(text / length) / h.ttt_batch_seqs) for text in texts)
+    return num_batches, num_steps
+
+
+def plan_evaluation(run: Run) -> None:
+    """Predict the seconds of the final score from the preflight's, choose TTT_EPOCHS=auto, and log both. Warn of what
+    will not fit EVAL_BUDGET_SECONDS. No target is ever left out: what takes longer takes longer."""
+    h, rt = run.h, run.rt
+    num_batches, num_steps = count_passes(run)
+    scoring = num_batches * rt.pass_seconds["scoring"]
+    epoch = num_steps * rt.pass_seconds.get("adaptation", 0.0)
+    budget = 0.95 * h.eval_budget_seconds  # predictions are a few percent off
+    fitting = 1000
+    if epoch:
+        fitting = min(1000, int(max(0.0, budget - scoring) / epoch))
+    if h.ttt_epochs == "auto":
+        h.ttt_epochs = max(1, fitting)
+        rt.log(f"plan: TTT_EPOCHS=auto is {h.ttt_epochs}")
+    total = scoring
+    parts = f"{scoring:.1f}s of scoring"
+    if epoch:
+        total += h.ttt_epochs * epoch
+        parts += f", {h.ttt_epochs} epochs of {epoch:.1f}s"
+    line = f"the final score will take about {total:.0f}s of EVAL_BUDGET_SECONDS={h.eval_budget_seconds:g}: {parts}"
+    if total <= budget:
+        rt.log(f"plan: {line}")
+        return
+    fix = "use more GPUs or a larger EVAL_STRIDE"
+    if fitting and epoch:
+        fix = f"TTT_EPOCHS={fitting} fits"
+    rt.log(f"WARNING: {line}; {fix}")
 
 
 def final_score(run: Run) -> Score:
@@ -3271,6 +3439,7 @@ def main() -> None:
     write_code(run)
     banner(run)
     stats = {"preflight_seconds": preflight(run)}
+    plan_evaluation(run)
     learned = {}
     if h.trains:
         stats |= train(run)

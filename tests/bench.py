@@ -81,7 +81,9 @@ class Case:
         self.batch = self.loader.next_batch()
         self.num_micro_batches = len(self.batch)
         self.blob = b""
+        self.scorer = t.Scorer(self.run, val, h.stride)
         self.ttt = t.pick_ttt(self.run)
+        self.adaptation_batch = self.ttt.batches(self.scorer.tokens, 0, min(h.ttt_chunk_tokens, val.num_targets))[0]
 
     # -------------------------------------------------------------------------------------------- stages of a step
     def forward(self) -> None:
@@ -122,16 +124,11 @@ class Case:
     # ----------------------------------------------------------------------------------------- scoring and export
     def score(self) -> None:
         """A batch of sliding windows with all its work on the host."""
-        scorer = t.Scorer(self.run, self.run.val, self.h.stride)
-        scorer.score(scorer.windows[1 : 1 + self.rt.max_rows["scoring"]])
+        self.scorer.score(self.scorer.windows[1 : 1 + self.rt.max_rows["scoring"]])
 
     def adapt(self) -> None:
         """One step of adaptation."""
-        tokens = self.run.val.tokens.to(self.rt.device)
-        batch = self.ttt.batches(tokens, 0, min(self.h.ttt_chunk_tokens, self.run.val.num_targets))[0]
-        self.ttt.adapt(batch, lr_scale=0.0)
-        self.ttt.optimizer.step()
-        self.run.model.zero_grad(set_to_none=True)
+        self.ttt.adapt(self.adaptation_batch, lr_scale=0.0)
 
     def quantize(self) -> None:
         """Weights to codes, at one floor."""

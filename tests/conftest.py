@@ -97,6 +97,19 @@ def make_run(tiny: Callable[..., t.Hyperparameters]) -> Callable[..., t.Run]:
     return make
 
 
+def replay(run: t.Run) -> list[Callable[[], None]]:
+    """Makes the run replay its scoring and adaptation as on CUDA. A graph is here a call with the tensors that it was
+    recorded with. Returns the list of all replays so far."""
+    replays = []
+
+    def record_graph(work: Callable[[], None]) -> Callable[[], None]:
+        return lambda: (replays.append(work), work())[1]  # recording does nothing yet
+
+    run.rt.records_graphs, run.rt.record_graph = True, record_graph
+    run.rt.replayed = lambda function, name: t.ReplayedFunction(run.rt, function, name)
+    return replays
+
+
 def prepare(h: t.Hyperparameters, weights: dict[str, torch.Tensor], prune_frac: float = 0.0) -> list[t.Prepared]:
     """Weights as the export prepares them, of a run of which nothing else is needed."""
     return t.prepare_weights(t.Run(h, None, None, None, None, [], None, b""), weights, prune_frac)

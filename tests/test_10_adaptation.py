@@ -10,10 +10,11 @@ import socket
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, wake
+from conftest import TINY, replay, wake
 
 import train_gpt as t
 
@@ -58,9 +59,14 @@ def test_adapting_learns_what_repeats_itself(make_run: Callable, settings: dict)
     assert scores[1] < 0.8 * scores[0]
 
 
+@pytest.mark.parametrize("replays", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"ttt_optimizer": "adamw", "ttt_lr": 1e-3, "ttt_chunk_tokens": 50}])
-def test_future_tokens_do_not_change_past_scores_with_adaptation_on(make_run: Callable, settings: dict) -> None:
+def test_future_tokens_do_not_change_past_scores_with_adaptation_on(
+    make_run: Callable, settings: dict, replays: bool
+) -> None:
     run = make_run(200, **settings)  # chunks end near 64 (or 50), 128 (100), 192 (150); windows advance by 8
+    if replays:
+        replay(run)
     before = adapted_nll(run)
     assert torch.equal(adapted_nll(run), before), "the same run twice is the same, bit by bit"
     # One token, or all from there on.
@@ -192,6 +198,25 @@ def test_adapted_scores_are_those_of_a_naive_loop(make_run: Callable, settings: 
     assert change > 0.02 if settings.get("ttt_chunk_tokens") != 1000 else change < 1e-4
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"ttt_optimizer": "adamw", "ttt_lr": 1e-3, "ttt_lr_groups": "mlp.proj:3"},
+        {"ttt_freeze_blocks": 2, "ttt_batch_seqs": 3, "micro_batch_tokens": 32},
+        {"ttt_chunk_tokens": 51, "eval_stride": 7},  # chunks and batches of several shapes
+    ],
+)
+def test_replayed_from_a_graph_adaptation_and_scores_are_the_same(make_run: Callable, settings: dict) -> None:
+    plain, run = make_run(203, **settings), make_run(203, **settings)
+    replays = replay(run)
+    expected, got = adapted_nll(plain), adapted_nll(run)
+    assert len(replays) > 10
+    # The same operations on the same tensors, but for the learning rate, which a graph reads as fp32: 6e-8 off.
+    assert (got - expected).abs().max() < 2e-5
+    assert (expected - naive_ttt(plain._replace(h=with_knob(plain.h, ttt_lr=0.0)))).abs().max() > 0.02
+
+
 def with_knob(h: t.Hyperparameters, **values: object) -> t.Hyperparameters:
     h = copy.copy(h)
     for name, value in values.items():
@@ -306,6 +331,28 @@ def test_frozen_blocks_stay_bit_identical_and_all_else_moves(make_run: Callable,
         frozen = name.startswith("blocks.") and int(name.split(".")[1]) < num_frozen
         assert torch.equal(w, before[name]) == frozen, name
     assert all(p.grad is None for p in run.model.parameters()), "no gradient is left behind"
+    assert all(p.requires_grad for p in run.model.parameters())
+
+
+def test_no_gradient_of_a_frozen_block_is_computed(make_run: Callable) -> None:
+    run, frozen = make_run(203, ttt_freeze_blocks=2), []
+
+    def token_nll(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            frozen.append({name for name, p in run.model.named_parameters() if not p.requires_grad})
+        return run.model.token_nll(x, y)
+
+    t.eval_val_ttt(run._replace(token_nll=token_nll))
+    own = {name for name, _ in run.model.named_parameters() if name.startswith(("blocks.0.", "blocks.1."))}
+    assert frozen and all(names == own for names in frozen)
+
+    def fail(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        raise MemoryError
+
+    ttt = t.TTT(run._replace(token_nll=fail))
+    with pytest.raises(MemoryError):
+        ttt.add_gradients(*ttt.batches(run.val.tokens, 0, 64)[0])
+    assert all(p.requires_grad for p in run.model.parameters()), "training, which comes later, needs them"
 
 
 def test_a_part_of_the_name_with_the_factor_0_is_not_adapted(make_run: Callable) -> None:
@@ -442,9 +489,101 @@ def test_a_batch_is_cut_into_passes_of_one_shape_with_the_gradient_of_the_whole(
     for rows in (5, max_rows):
         run.rt.max_rows["adaptation"] = rows
         found.clear()
-        ttt.backward(ttt.batches(run.val.tokens, 0, 160)[0])
-        gradients.append([p.grad.clone() for p in run.model.parameters()])
-        run.model.zero_grad()
+        ttt.flat_gradient.zero_()
+        ttt.add_gradients(*ttt.batches(run.val.tokens, 0, 160)[0])
+        gradients.append([gradient.clone() for gradient in ttt.gradients])
     assert found == shapes
     for whole, cut in zip(*gradients):  # sums of 160 terms in another order
         assert (whole - cut).abs().max() <= 2e-5 * whole.abs().max()
+
+
+# ------------------------------------------------------------------------------------------------------ time to adapt
+@pytest.mark.parametrize(
+    ("num_targets", "settings"),
+    [
+        (301, {}),
+        (301, {"ttt_chunk_tokens": 33, "ttt_batch_seqs": 3, "ttt_epochs": 2, "eval_batch_seqs": 2}),
+        (257, {"ttt_chunk_tokens": 100, "eval_stride": 7, "ttt_batch_seqs": 5, "eval_batch_seqs": 3}),
+        (300, {"ttt_mode": "pre", "ttt_batch_seqs": 2, "eval_batch_seqs": 4}),
+        (300, {"ttt_enabled": False, "eval_stride": 16}),
+        (20, {"ttt_chunk_tokens": 5}),  # one chunk, which is not adapted to
+    ],
+)
+def test_the_passes_of_the_plan_are_those_of_the_final_score(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch, num_targets: int, settings: dict
+) -> None:
+    run, counts = make_run(num_targets, **settings), Counter()
+    for method in ("Scorer._score_tail", "TTT.update"):
+        cls, name = method.split(".")
+        original = getattr(getattr(t, cls), name)
+
+        def counted(*args: object, original: Callable = original, name: str = name) -> None:
+            counts[name] += 1
+            original(*args)
+
+        monkeypatch.setattr(getattr(t, cls), name, counted)
+    t.final_score(run)
+    num_batches, num_steps = t.count_passes(run)
+    assert counts["update"] == num_steps * run.h.ttt_epochs
+    # The plan counts the text's first window, a batch of its own, with the others.
+    assert 0 <= counts["_score_tail"] - num_batches <= 1
+
+
+def plan(run: t.Run, scoring: float, adaptation: float, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Returns what is logged of a full-size text on 8 processes, where passes take so many milliseconds."""
+    lines: list[str] = []
+    monkeypatch.setattr(run.rt, "log", lines.append)
+    run.rt.world_size, run.rt.max_rows["scoring"] = 8, 32
+    run.rt.pass_seconds = {"scoring": scoring / 1000, "adaptation": adaptation / 1000}
+    t.plan_evaluation(run._replace(val=SimpleNamespace(num_targets=62_021_632)))
+    return lines
+
+
+FULL_TEXT = {"eval_seq_len": 2048, "ttt_chunk_tokens": 32_768, "eval_stride": 64, "ttt_batch_seqs": 32}
+
+
+def test_the_log_says_how_long_the_final_score_will_take(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(**FULL_TEXT)
+    # 1,893 chunks of 512 windows, 2 batches a process each; all but the last are adapted to, in one step an epoch.
+    expected = "76s of EVAL_BUDGET_SECONDS=600: 56.8s of scoring, 3 epochs of 6.2s"
+    assert plan(run, 15.0, 3.3, monkeypatch) == [f"plan: the final score will take about {expected}"]
+
+
+@pytest.mark.parametrize(("epochs", "adaptation", "fix"), [(50, 8.0, "33 fits"), (3, 400.0, "use more GPUs or")])
+def test_epochs_that_will_not_fit_are_a_warning_before_training(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch, epochs: int, adaptation: float, fix: str
+) -> None:
+    run = make_run(**FULL_TEXT, ttt_epochs=epochs)
+    (line,) = plan(run, 15.0, adaptation, monkeypatch)
+    assert line.startswith("WARNING: the final score will take about") and fix in line
+    assert run.h.ttt_epochs == epochs, "a number that was given stays"
+
+
+def test_auto_takes_the_most_epochs_that_fit(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 570 s, 95% of 600, less 56.79 s of scoring: 513.21 s for epochs of 1,892 steps.
+    for milliseconds, epochs in ((8.0, 33), (5.425, 50), (5.5, 49), (0.01, 1000), (1e6, 1), (0.0, 1000)):
+        run = make_run(**FULL_TEXT, ttt_epochs="auto")
+        lines = plan(run, 15.0, milliseconds, monkeypatch)
+        assert run.h.ttt_epochs == epochs and f"plan: TTT_EPOCHS=auto is {epochs}" in lines
+        assert lines[-1].startswith("WARNING") == (milliseconds == 1e6)
+    run = make_run(**FULL_TEXT, ttt_epochs="auto", eval_budget_seconds=75.0)
+    plan(run, 15.0, 3.3, monkeypatch)
+    assert run.h.ttt_epochs == 2  # (71.25 - 56.79) / 6.24
+
+
+def test_without_adaptation_only_scoring_is_planned(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(**FULL_TEXT, ttt_enabled=False)
+    lines = plan(run, 15.0, 3.3, monkeypatch)
+    # Not cut into chunks: 969,057 windows, 256 at a time.
+    assert lines == ["plan: the final score will take about 57s of EVAL_BUDGET_SECONDS=600: 56.8s of scoring"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"ttt_mode": "pre"}, {"ttt_enabled": False}])
+def test_the_preflight_measures_the_passes_that_are_planned(make_run: Callable, settings: dict) -> None:
+    run = make_run(**settings)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    t.preflight(run)
+    phases = ["scoring"] if settings.get("ttt_enabled") is False else ["scoring", "adaptation"]
+    assert list(run.rt.pass_seconds) == phases and min(run.rt.pass_seconds.values()) > 0
+    assert all(torch.equal(p, w) for p, w in zip(run.model.parameters(), before)), "nothing is learnt meanwhile"
+    t.plan_evaluation(run)

@@ -537,7 +537,7 @@ def test_what_reviewers_tools_look_for_is_there_in_its_plain_form(form: str) -> 
     assert sums == ["loss_sum", "byte_count"]
     (guard,) = [i for i, n in enumerate(loop.body) if isinstance(n, ast.If) and ast.unparse(n.test) == "is_last_chunk"]
     assert isinstance(loop.body[guard].body[0], ast.Break)
-    (training,) = [i for i, n in enumerate(loop.body) if any(c.endswith("optimizer.step") for c in calls_in(n))]
+    (training,) = [i for i, n in enumerate(loop.body) if "ttt.adapt" in calls_in(n)]
     assert scoring < guard < training, "score, then stop at the last chunk, then train"
 
     luts = functions["build_sentencepiece_luts"]

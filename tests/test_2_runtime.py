@@ -284,6 +284,102 @@ def test_what_is_compiled_is_timed_and_named_and_after_the_preflight_a_warning(
     assert sum(event["seconds"] for event in events) == sum(rt.compiler.seconds) > 0
 
 
+# ---- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+
+def add_into(total: torch.Tensor) -> Callable[..., None]:
+    """Returns a function that works in place, and cannot be recorded if it looks at a value."""
+
+    def add(values: torch.Tensor, factor: float | torch.Tensor) -> None:
+        total.add_(values.sum() * factor)
+
+    return add
+
+
+def test_a_replayed_function_warms_up_records_and_is_then_replayed_on_new_values(runtime: Callable) -> None:
+    rt, total, graphs = runtime(), torch.zeros(()), []
+
+    def record_graph(work: Callable) -> Callable:
+        graphs.append([0])
+        return lambda graph=graphs[-1]: (graph.append(graph.pop() + 1), work())[1]
+
+    rt.records_graphs, rt.record_graph = True, record_graph
+    add, expected = t.ReplayedFunction(rt, add_into(total), "adding"), 0.0
+    for i, length in enumerate([3, 3, 3, 2, 3, 2, 2]):
+        add(torch.full((length,), i + 1.0), 0.5 * i)
+        expected += length * (i + 1.0) * 0.5 * i
+        assert total.item() == expected
+    # Of each shape, the first call is the warm-up, the second is recorded and replayed.
+    assert graphs == [[3], [2]]
+
+
+def test_an_argument_of_a_replayed_function_may_change_afterwards(runtime: Callable) -> None:
+    rt, seen = runtime(), []
+    rt.records_graphs, rt.record_graph = True, lambda work: work
+    function = t.ReplayedFunction(rt, lambda values: seen.append(values), "looking")
+    values = torch.ones(2)
+    for _ in range(3):
+        function(values)
+    assert len({tensor.data_ptr() for tensor in seen}) == 1, "the place is always the same"
+    assert seen[0].data_ptr() != values.data_ptr()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_where_a_graph_cannot_be_recorded_a_warning_says_so_once_and_the_work_is_done(
+    runtime: Callable, capsys: pytest.CaptureFixture, rank: int
+) -> None:
+    rt, total = runtime(), torch.zeros(())
+
+    def fail(work: Callable) -> Callable:
+        work()  # what a real capture does not carry out: it must not count
+        total.sub_(total)
+        raise RuntimeError("operation not permitted when stream is capturing\nmore about it")
+
+    rt.rank, rt.records_graphs, rt.record_graph = rank, True, fail
+    add = t.ReplayedFunction(rt, add_into(total), "adding")
+    add(torch.ones(3), 1.0)
+    add(torch.ones(3), 2.0)
+    add(torch.ones(3), 3.0)
+    assert total.item() == 6.0 + 9.0
+    out, err = capsys.readouterr()
+    (line,) = (out + err).splitlines()
+    prefix = "WARNING: " if rank == 0 else "rank 1: WARNING: "
+    assert line == f"{prefix}adding is not replayed as a CUDA graph and so takes longer: " + (
+        "operation not permitted when stream is capturing"
+    )
+    assert (out == "") == (rank == 1), "rank 0 has the log, the others their standard error"
+
+
+def test_without_graphs_the_arguments_are_tensors_all_the_same(runtime: Callable) -> None:
+    """So that the arithmetic does not depend on whether a graph could be recorded."""
+    rt, total = runtime(), torch.zeros(())
+    rt.record_graph = None  # not called
+    add = t.ReplayedFunction(rt, add_into(total), "adding")
+    for i in range(4):
+        add(torch.ones(2), 1.0 * i)
+    assert total.item() == 12.0
+    assert rt.replayed(len, "len") is len, "on a CPU nothing is replayed"
+
+
+def test_the_pace_is_the_time_of_one_call_on_the_slowest_rank(
+    runtime: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rt, now, calls = runtime(), [100.0], []
+    rt.now = lambda: now[0]
+    rt.least = lambda number: min(number, -7.0)  # another rank took 7 s
+
+    def work() -> None:
+        calls.append(None)
+        now[0] += 5.0
+
+    assert rt.pace(work) == 7.0 and len(calls) == 1
+    rt.least = lambda number: number
+    assert rt.pace(work) == 5.0
+    rt.device = torch.device("cuda")  # two calls, the recording and the first replay, are not timed
+    calls.clear()
+    assert rt.pace(work) == 5.0 and len(calls) == 12
+
+
 def test_an_array_arrives_as_int64_with_the_same_values(runtime: Callable) -> None:
     array = np.array([[0, 1023], [65_535, 7]], dtype=np.int32)
     tensor = runtime().to_device(array)

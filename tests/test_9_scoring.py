@@ -76,8 +76,9 @@ def test_the_challenges_validation_text_has_its_known_windows_and_chunks() -> No
 
 
 def test_gathered_windows_hold_their_inputs_and_only_their_own_targets(make_run: Callable) -> None:
-    rt, tokens = make_run().rt, torch.arange(500, 600, dtype=torch.int32)  # 99 targets; token i is 500 + i
-    x, y, numbers = t.gather_windows(rt, tokens, np.array([[3, 5, 10], [40, 40, 47]]), 7, 4)
+    tokens = torch.arange(500, 600, dtype=torch.int32)  # 99 targets; token i is 500 + i
+    windows = torch.tensor([[3, 5, 10], [40, 40, 47], [0, 0, 0], [0, 0, 0]])  # the last two are padding
+    x, y, numbers = t.gather_windows(tokens, windows, 7)
     assert x.tolist()[:2] == [list(range(503, 510)), list(range(540, 547))]
     assert y.tolist() == [[-100, -100, *range(506, 511)], list(range(541, 548)), [-100] * 7, [-100] * 7]
     assert numbers.tolist() == [[99, 99, *range(5, 10)], list(range(40, 47)), [99] * 7, [99] * 7]

@@ -67,6 +67,7 @@ TURNS: dict[str, tuple] = {
     "seed": (1337, 1, "initial batches preflight report"),
     "device": ("auto", "cpu", "machine"),
     "compile": ("auto", "0", "machine"),
+    "cuda_graphs": (True, False, "machine"),
     "dtype": ("auto", "float32", "machine"),
     "attn_backend": ("auto", "sdpa", "kernels"),
     "mlp_kernel": ("auto", "plain", "kernels"),
@@ -142,6 +143,7 @@ TURNS: dict[str, tuple] = {
     "eval_stride": (8, 16, "sliding final score_batches preflight banner"),
     "eval_batch_seqs": (4, 8, "score_batches preflight report"),
     "eval_ladder": (False, True, "passes"),
+    "eval_budget_seconds": (600.0, 1.0, "plan"),
     "ttt_enabled": (True, False, f"{TTT} ttt_batches passes preflight banner report"),
     "ttt_mode": ("score_first", "pre", f"{TTT} ttt_batches preflight banner report", {"ttt_chunk_tokens": 32}),
     "ttt_optimizer": ("sgd", "adamw", f"{TTT} banner"),
@@ -240,7 +242,7 @@ def stage_machine(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, 
     patch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
     patch.setattr(torch, "compile", lambda function, **options: "compiled")
     rt = t.Runtime(h)
-    return {"machine": (rt.device, rt.dtype, rt.compile(len) is not len, rt.lag)}
+    return {"machine": (rt.device, rt.dtype, rt.compile(len) is not len, rt.lag, rt.records_graphs)}
 
 
 def stage_kernels(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -267,7 +269,7 @@ def stage_main(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any
     fake("evaluate", lambda run: (calls.append(run.train_shards), (SCORE, 1.0))[1])
     fake("reload", lambda run, path: (calls.append(path.name), {})[1])
     fake("calibrate", lambda run: ({}, {}))
-    for name in ("write_code", "banner", "preflight", "train", "export", "report", "smoke"):
+    for name in ("write_code", "banner", "preflight", "plan_evaluation", "train", "export", "report", "smoke"):
         fake(name, lambda *args: {})
     patch.setitem(sys.modules, "audit", SimpleNamespace(Auditor=lambda script: calls.append(("audit", script))))
     patch.setattr(sys, "path", list(sys.path))
@@ -402,6 +404,14 @@ def stage_preflight(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str
     run.rt.compiled = True  # elsewhere two steps are enough
     t.preflight(run)
     return {"preflight": (steps, calls)}
+
+
+def stage_plan(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """plan: whether the final score is said to take too long."""
+    run = make_run(h)
+    run.rt.pass_seconds = {"scoring": 1.0, "adaptation": 0.1}
+    t.plan_evaluation(run)
+    return {"plan": [line for line in run.rt.lines if "WARNING" in line][:1] != []}
 
 
 def stage_report(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any]:
