@@ -354,11 +354,13 @@ class Probe:
                 scorers.append(self)
                 return super().result()
 
-        script.Scorer = Recorder
+        script.Scorer, records_graphs = Recorder, run.rt.records_graphs
+        if token_nll is not None:
+            run.rt.records_graphs = False  # a replayed graph calls nothing that could keep account
         try:
             score = script.final_score(run)
         finally:
-            script.Scorer = original
+            script.Scorer, run.rt.records_graphs = original, records_graphs
         nll = run.rt.all_reduce(scorers[-1].nll[:-1].nan_to_num(0.0)).cpu()
         mean = float(nll.double().mean())
         assert abs(mean - score.val_loss) < 1e-6 * max(1.0, mean), f"scores of mean {mean}, reported {score.val_loss}"

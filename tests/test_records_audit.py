@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import AUDITED, ROOT, shell
+from conftest import AUDITED, ROOT, replay, shell
 from torch import Tensor
 
 import train_gpt as t
@@ -68,6 +68,27 @@ def test_a_legal_run_passes_every_proof_and_the_figures_are_those_of_its_text(
     assert (once["targets_trained_on"] > 0) is adapts and once["targets_trained_on"] < once["targets"]
 
 
+def test_account_is_kept_of_what_runs_and_the_flips_are_scored_as_the_run_does_from_graphs(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, noted, replaying = make_run(**TEXT), [], []
+    replays, record_graph, token_nll = replay(run), run.rt.record_graph, audit.Ledger.token_nll
+
+    def note_record(work: Callable) -> Callable:
+        graph = record_graph(work)
+        return lambda: (replaying.append(1), graph(), replaying.pop())
+
+    def note_token_nll(self: audit.Ledger, *args: Tensor) -> Tensor:
+        noted.append(len(replaying))
+        return token_nll(self, *args)
+
+    run.rt.record_graph = note_record
+    monkeypatch.setattr(audit.Ledger, "token_nll", note_token_nll)
+    assert failed(prove(run)) == set()
+    assert noted and not any(noted), "a graph on a GPU would not have called the ledger"
+    assert replays and run.rt.records_graphs
+
+
 # ---- each rule, broken ----
 
 
@@ -75,8 +96,6 @@ def learn(run: t.Run, batches: list[t.Batch], method: t.TTT) -> None:
     """Takes a step on each of the batches."""
     for batch in batches:
         method.adapt(batch, lr_scale=1.0)
-        method.optimizer.step()
-        run.model.zero_grad()
 
 
 def adapt_then_score(run: t.Run) -> t.Score:
