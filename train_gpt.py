@@ -284,7 +284,7 @@ class Hyperparameters:
     ttt_enabled = Knob(True, None, "adapt at test time")
     ttt_mode = Knob("score_first", ("score_first", "pre"), "pre: adapt, then score, which BREAKS THE RULES")
     ttt_optimizer = Knob("sgd", ("sgd", "adamw"), "SGD with momentum, or AdamW with betas 0.9 and 0.999 and no decay")
-    ttt_lr = Knob(0.03, (0.0, 10.0), "peak learning rate")
+    ttt_lr = Knob(0.03, (0.0, 10.0), "peak learning rate; score_first: of up to 3 epochs, more share the sum of 3")
     ttt_epochs = AutoKnob(
         (1, 1000), "passes over each chunk (pre: over the whole text); auto: what fits EVAL_BUDGET_SECONDS", default=3
     )
@@ -3050,6 +3050,9 @@ class Batch(NamedTuple):
     num_targets: int
 
 
+FULL_RATE_EPOCHS = 3  # up to which TTT_LR is the rate of a step, as published (PRs 549, 977, 1092)
+
+
 class TTT:
     """Test-time training of all weights, in place: a test-time method, which scores text and then adapts to it.
 
@@ -3165,6 +3168,16 @@ def chunk_windows(windows: np.ndarray, chunk_tokens: int) -> list[np.ndarray]:
     return np.split(windows, starts[1:])
 
 
+def chunk_lr_scale(h: Hyperparameters, done: float) -> float:
+    """Return the factor on TTT_LR for each step on a chunk: a half cosine, from 1 where `done` is 0 to 0 where it is 1.
+
+    More than three epochs share the sum of three's rates, so that they cost time and never quality: 50 epochs at the
+    rate of three make a score worse by 0.1 bits per byte (records/README.md, "Adaptation").
+    """
+    scale = cosine(done) if h.ttt_cosine else 1.0
+    return scale * min(1.0, FULL_RATE_EPOCHS / h.ttt_epochs)
+
+
 def eval_val_ttt(run: Run) -> Score:
     """Return the sliding score with score-first adaptation: a chunk is scored, and only then trained on.
 
@@ -3197,7 +3210,7 @@ def eval_val_ttt(run: Run) -> Score:
         is_last_chunk = ci == num_chunks - 1
         if is_last_chunk:
             break
-        lr_scale = cosine(ci / (num_chunks - 1)) if h.ttt_cosine else 1.0
+        lr_scale = chunk_lr_scale(h, ci / (num_chunks - 1))
         begin, end = int(windows[0, 1]), int(windows[-1, 2])
         for batch in ttt.batches(scorer.tokens, begin, end) * h.ttt_epochs:
             ttt.adapt(batch, lr_scale)  # forward, backward, optimizer.step()
@@ -3254,6 +3267,8 @@ def plan_evaluation(run: Run) -> None:
     if epoch:
         total += h.ttt_epochs * epoch
         parts += f", {h.ttt_epochs} epochs of {epoch:.1f}s"
+        if h.ttt_mode == "score_first":
+            parts += f" with steps of at most {h.ttt_lr * chunk_lr_scale(h, 0.0):g}"
     line = f"the final score will take about {total:.0f}s of EVAL_BUDGET_SECONDS={h.eval_budget_seconds:g}: {parts}"
     if total <= budget:
         rt.log(f"plan: {line}")

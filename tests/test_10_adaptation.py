@@ -165,6 +165,7 @@ def naive_ttt(run: t.Run) -> torch.Tensor:
         if number == len(chunks) - 1:
             break
         scale = 0.5 * (1 + math.cos(math.pi * number / (len(chunks) - 1))) if h.ttt_cosine else 1.0
+        scale *= 3 / max(3, h.ttt_epochs)  # more than three epochs share the sum of three
         for _ in range(h.ttt_epochs):
             for sequences in naive_steps(tokens, naive_sequences(own[0][1], own[-1][2], length), h):
                 adapter.step(sequences, scale)
@@ -181,6 +182,7 @@ def naive_ttt(run: t.Run) -> torch.Tensor:
         {"ttt_lr_groups": "mlp.proj:3,mlp.fc:0.5,proj:0,blocks.0:2", "ttt_batch_seqs": 16},
         {"ttt_optimizer": "adamw", "ttt_lr": 1e-3},
         {"ttt_optimizer": "adamw", "ttt_lr": 1e-3, "ttt_lr_groups": "mlp.proj:3", "ttt_freeze_blocks": 1},
+        {"ttt_epochs": 12, "ttt_chunk_tokens": 80},
         {"ttt_chunk_tokens": 20, "ttt_epochs": 2},  # chunks shorter than a window
         {"ttt_chunk_tokens": 51, "eval_stride": 7, "ttt_batch_seqs": 3, "micro_batch_tokens": 32},
         {"eval_stride": 0},
@@ -545,7 +547,7 @@ FULL_TEXT = {"eval_seq_len": 2048, "ttt_chunk_tokens": 32_768, "eval_stride": 64
 def test_the_log_says_how_long_the_final_score_will_take(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(**FULL_TEXT)
     # 1,893 chunks of 512 windows, 2 batches a process each; all but the last are adapted to, in one step an epoch.
-    expected = "76s of EVAL_BUDGET_SECONDS=600: 56.8s of scoring, 3 epochs of 6.2s"
+    expected = "76s of EVAL_BUDGET_SECONDS=600: 56.8s of scoring, 3 epochs of 6.2s with steps of at most 0.03"
     assert plan(run, 15.0, 3.3, monkeypatch) == [f"plan: the final score will take about {expected}"]
 
 
