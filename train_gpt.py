@@ -277,6 +277,9 @@ class Hyperparameters:
     size_limit = Knob(SIZE_LIMIT_BYTES, (1, SIZE_LIMIT_BYTES), "maximum bytes of code + model")
     # scoring and adaptation
     eval_seq_len = Knob(0, (0, 2**20), "positions of a window in scoring and adaptation; 0: TRAIN_SEQ_LEN")
+    eval_attn_window = Knob(
+        0, (0, 2**20), "positions that a query of a longer scoring window attends to (local attention); 0: all"
+    )
     eval_stride = Knob(64, (0, 2**20), "targets scored per window; 0: windows do not overlap")
     eval_batch_seqs = AutoKnob((1, 4096), "maximum windows per forward pass; auto: 32, fewer on a CPU")
     eval_ladder = Knob(False, None, "with TTT, also score the sliding windows without it, for the report")
@@ -330,6 +333,7 @@ class Hyperparameters:
         self.head_dim = self.model_dim // self.num_heads
         self.window = self.eval_seq_len or self.train_seq_len  # positions T of a scoring window
         self.stride = self.eval_stride or self.window  # targets per window, except in the first
+        self.reach = self.eval_attn_window or self.window  # positions that a query attends to, its own included
         indices, multipliers = [], []
         try:
             if self.ve_enabled:
@@ -375,6 +379,8 @@ class Hyperparameters:
         """Raise UserError where settings of training, export and scoring do not fit together."""
         tokens, length = self.train_batch_tokens, self.train_seq_len
         wrong_bits = [name.upper() for name in self.knobs() if name.endswith("_bits") and 8 < getattr(self, name) < 16]
+        if self.reach > self.window:
+            raise UserError(f"EVAL_ATTN_WINDOW={self.eval_attn_window} is larger than EVAL_SEQ_LEN={self.window}")
         if self.stride > self.window:
             raise UserError(f"EVAL_STRIDE={self.eval_stride} is larger than the window of {self.window} positions")
         if self.trains and tokens % length:
@@ -556,11 +562,14 @@ class Runtime:
         tokens = h.micro_batch_tokens
         if tokens == "auto":
             tokens = BIG if self.device.type == "cuda" else SMALL_PASS_TOKENS
-        rows = {"training": tokens // h.train_seq_len, "scoring": h.eval_batch_seqs, "adaptation": tokens // h.window}
+        rows = {"training": tokens // h.train_seq_len, "scoring": h.eval_batch_seqs, "adaptation": tokens // h.reach}
         if h.eval_batch_seqs == "auto":
             rows["scoring"] = 32
+            if h.ttt_enabled and h.ttt_mode == "score_first":  # some of a chunk's windows for every process
+                share = h.ttt_chunk_tokens / h.stride / self.world_size
+                rows["scoring"] = min(32, math.ceil(share))
             if self.device.type == "cpu":
-                rows["scoring"] = min(32, SMALL_PASS_TOKENS // h.window)
+                rows["scoring"] = min(rows["scoring"], SMALL_PASS_TOKENS // h.window)
         return {phase: max(1, count) for phase, count in rows.items()}
 
     def _set_threads(self) -> None:
@@ -1172,13 +1181,14 @@ class Validation(NamedTuple):
 
 
 def load_validation_tokens(h: Hyperparameters) -> Validation:
-    """Return the text of all validation shards, cut to a multiple of the window as in all published scores."""
+    """Return the text of all validation shards, cut to a multiple of the positions that attention reaches, which are
+    the window's in all published scores."""
     sp = load_tokenizer(h.tokenizer_path, h.vocab_size)
     shards = load_shards(h, "val")
     tokens = torch.from_numpy(np.concatenate([shard.astype(np.int32) for shard in shards]))
     num_available = len(tokens) - 1
     num_targets = min(num_available, h.max_val_tokens or BIG)
-    num_targets = num_targets // h.window * h.window or num_targets
+    num_targets = num_targets // h.reach * h.reach or num_targets
     tokens = tokens[: num_targets + 1]
     base_bytes, has_leading_space, is_boundary_token = build_sentencepiece_luts(sp, h.vocab_size)
     previous, target = tokens[:-1].long(), tokens[1:].long()
@@ -1192,14 +1202,16 @@ def load_validation_tokens(h: Hyperparameters) -> Validation:
 
 
 # ==================================================== 4  MODEL ========================================================
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return causal attention (B, t, H, d) of queries that end where the keys and values (B, T, K, d) end, by the
-    kernel that torch chooses."""
+def sdpa(q: Tensor, k: Tensor, v: Tensor, reach: int = BIG) -> Tensor:
+    """Return causal attention (B, t, H, d) of queries that end where the keys and values (B, T, K, d) end, each to the
+    last `reach` positions, by the kernel that torch chooses."""
     t, length = q.size(1), k.size(1)
     mask = None
-    if t < length:
+    if t < length or reach < length:
         k, v = repeat_heads(k, q), repeat_heads(v, q)  # masked kernels do not support grouped heads
         mask = torch.ones(t, length, dtype=torch.bool, device=q.device).tril(length - t)
+        if reach < length:
+            mask = mask.triu(length - t - reach + 1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, positions, d)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=mask is None)
     return y.transpose(1, 2)
@@ -1400,6 +1412,7 @@ class CausalSelfAttention(nn.Module):
         self.head_dim = h.head_dim
         self.use_xsa = layer >= h.num_layers - h.xsa_last_n
         self.attend = sdpa
+        self.reach = max(h.reach, h.train_seq_len)  # longer inputs, in scoring, have local attention
         self.rotary = rotary
         kv_dim = h.num_kv_heads * h.head_dim
         # Initial weights are drawn, and parameters stored, in the order of these lines.
@@ -1421,7 +1434,10 @@ class CausalSelfAttention(nn.Module):
         # Rounded after the rotation: of a bare concatenation Inductor makes three kernels in scoring, +1.8 GB a batch.
         q = self.rotary(rms_norm(q.float(), self.q_gain.unsqueeze(1)), length).to(x.dtype)
         k = self.rotary(rms_norm(k.float()), length).to(x.dtype)
-        y = self.attend(q, k, v)  # (B, t, H, d)
+        if length > self.reach:
+            y = sdpa(q, k, v, self.reach)  # no other kernel here has a mask
+        else:
+            y = self.attend(q, k, v)  # (B, t, H, d)
         if self.use_xsa:
             y = xsa(y, v[:, -t:])
         if self.attn_gate is not None:
@@ -2043,6 +2059,9 @@ def training_budget(h: Hyperparameters) -> float:
 
 def build_run(h: Hyperparameters, rt: Runtime, decoded: GPT | None = None) -> Run:
     """Return a run with checked data and the given or initial model, equal on all ranks, compiled where that is on."""
+    if 0 < h.eval_attn_window < h.train_seq_len:
+        least = f"TRAIN_SEQ_LEN={h.train_seq_len}, with which the model was trained"
+        raise UserError(f"EVAL_ATTN_WINDOW={h.eval_attn_window} is smaller than {least}: use that or more")
     val = load_validation_tokens(h)
     shards = []
     if h.trains:
@@ -2431,7 +2450,7 @@ def limit_rows(run: Run) -> None:
     widest = max(h.vocab_size, h.mlp_mult * h.model_dim)
     tokens = min(tokens, (2**31 - 1) / widest)  # larger tensors need 64-bit indices
     rt.max_rows["training"] = max(1, int(tokens / h.train_seq_len))
-    rt.max_rows["adaptation"] = max(1, int(tokens / h.window))
+    rt.max_rows["adaptation"] = max(1, int(tokens / h.reach))
 
 
 def fit_rows(rt: Runtime, phase: str, rows: int, work: Callable[[], Any]) -> None:
@@ -2532,7 +2551,7 @@ def _preflight_calibration(run: Run) -> dict[str, Any]:
 
 def _preflight_scoring(run: Run) -> None:
     h, rt = run.h, run.rt
-    chunk = h.ttt_chunk_tokens if h.ttt_mode == "score_first" else h.ttt_batch_seqs * h.window
+    chunk = h.ttt_chunk_tokens if h.ttt_mode == "score_first" else h.ttt_batch_seqs * h.reach
     num_windows = 1 + rt.max_rows["scoring"] * rt.world_size
     val = random_text(h, max(chunk, num_windows * h.window))
     plain = Scorer(run, val, h.window)
@@ -3097,7 +3116,7 @@ class TTT:
     def batches(self, tokens: Tensor, begin: int, end: int) -> list[Batch]:
         """Return batches that contain the targets [begin, end) once, over all ranks."""
         h, rt = self.run.h, self.run.rt
-        length = min(h.window, len(tokens) - 1)
+        length = min(h.reach, len(tokens) - 1)
         windows = plan_windows(begin, end, length, length)
         on_device = rt.to_device(windows)
         size = min(h.ttt_batch_seqs, len(windows))
@@ -3244,7 +3263,8 @@ def count_passes(run: Run) -> tuple[int, int]:
         texts = [int(chunk[-1, 2] - chunk[0, 1]) for chunk in chunks[:-1]]
     windows_at_once = rt.max_rows["scoring"] * rt.world_size
     num_batches = sum(math.ceil(len(chunk) / windows_at_once) for chunk in chunks)
-    num_steps = sum(math.ceil(math.ceil(text / length) / h.ttt_batch_seqs) for text in texts)
+    sequence = min(h.reach, num_targets)
+    num_steps = sum(math.ceil(math.ceil(text / sequence) / h.ttt_batch_seqs) for text in texts)
     return num_batches, num_steps
 
 

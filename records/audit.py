@@ -124,11 +124,14 @@ class Ledger:
     def __init__(self, run: Any):
         self.run, self.tokens = run, run.val.tokens.numpy()
         self.num_targets, self.length = run.val.num_targets, min(run.h.window, run.val.num_targets)
-        rows = np.lib.stride_tricks.sliding_window_view(self.tokens[: self.num_targets], self.length)
         self.places: dict[bytes, list[int]] = defaultdict(list)  # some texts repeat themselves
-        for start, row in enumerate(rows):
-            self.places[digest(row)].append(start)
-        self.num_repeats = len(rows) - len(self.places)
+        num_rows = 0
+        for length in {self.length, min(run.h.reach, self.num_targets)}:  # of scoring and of adaptation
+            rows = np.lib.stride_tricks.sliding_window_view(self.tokens[: self.num_targets], length)
+            num_rows += len(rows)
+            for start, row in enumerate(rows):
+                self.places[digest(row)].append(start)
+        self.num_repeats = num_rows - len(self.places)
         self.times_scored, self.times_trained = (np.zeros(self.num_targets, dtype=np.int64) for _ in range(2))
         self.nll = torch.zeros(self.num_targets)  # what the model answered
         self.num_unknown = self.num_early = 0  # targets that are not the text's; trained on before they were scored
@@ -141,7 +144,7 @@ class Ledger:
         rows = (inputs.cpu().numpy().astype(self.tokens.dtype), targets.cpu().numpy(), answers.detach().float().cpu())
         for x, y, answer in zip(*rows):
             own = np.flatnonzero(y != -100)
-            places = [start + self.length - len(y) + own for start in self.places.get(digest(x), ())]
+            places = [start + len(x) - len(y) + own for start in self.places.get(digest(x), ())]
             if not len(own) or not places:
                 self.num_unknown += len(own)
                 continue
