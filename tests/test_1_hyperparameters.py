@@ -312,6 +312,7 @@ CROSS_CHECKS: list[tuple[dict[str, Any], str]] = [
     ({"num_layers": 10, "ve_layers": "9,10"}, r"VE_LAYERS=9,10: blocks are 0 to 9"),
     ({"ve_layers": ""}, r"VE_LAYERS= .*malformed.*9,10"),
     ({"ve_layers": "last"}, r"VE_LAYERS=last .*malformed.*9,10"),
+    ({"eval_attn_window": 2049}, r"EVAL_ATTN_WINDOW=2049 is larger than EVAL_SEQ_LEN=2048"),
     ({"eval_stride": 2049}, r"EVAL_STRIDE=2049 is larger than the window of 2048"),
     ({"eval_stride": 64, "eval_seq_len": 32}, r"EVAL_STRIDE=64 is larger than the window of 32"),
     ({"train_batch_tokens": 786_433}, r"TRAIN_BATCH_TOKENS=786433 is not a multiple of TRAIN_SEQ_LEN=2048"),

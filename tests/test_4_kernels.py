@@ -105,6 +105,19 @@ def test_torchs_attention_and_what_kernels_are_checked_against_are_the_formula(
     np.testing.assert_allclose(function(q, k, v), attend_by_loops(q.numpy(), k.numpy(), v.numpy()), atol=1e-13)
 
 
+@pytest.mark.parametrize("num_queries", [6, 3, 1])
+@pytest.mark.parametrize("reach", [1, 2, 5, 6, 7])
+def test_local_attention_is_attention_to_the_last_positions_alone(num_queries: int, reach: int) -> None:
+    q = torch.randn(2, num_queries, 4, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 6, 2, 8, dtype=torch.float64)
+    got = t.sdpa(q, k, v, reach)
+    for i in range(num_queries):
+        end = 6 - num_queries + i + 1
+        own = slice(max(0, end - reach), end)
+        expected = attend_by_loops(q[:, i : i + 1].numpy(), k[:, own].numpy(), v[:, own].numpy())
+        np.testing.assert_allclose(got[:, i : i + 1], expected, atol=1e-13)
+
+
 @pytest.mark.parametrize("name", ["cudnn", "flash", "efficient"])
 def test_a_torch_kernel_is_asked_for_by_its_name_and_with_what_it_supports(
     name: str, monkeypatch: pytest.MonkeyPatch

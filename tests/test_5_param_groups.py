@@ -178,6 +178,11 @@ def test_a_pattern_that_matches_no_parameter_is_refused(started: Callable, setti
         started(**settings)
 
 
+def test_local_attention_narrower_than_that_of_training_is_refused(started: Callable) -> None:
+    with pytest.raises(t.UserError, match="^EVAL_ATTN_WINDOW=16 is smaller than TRAIN_SEQ_LEN=32"):
+        started(eval_attn_window=16)
+
+
 def test_weights_gradients_and_optimizer_states_of_a_run_are_fp32(started: Callable) -> None:
     """Published: embeddings and tables in bf16 without masters, momentum and reduced gradients in bf16."""
     run = started(gated_attention=True, value_residual=True)

@@ -101,6 +101,26 @@ def test_scores_are_those_of_each_target_in_its_own_window(
         assert (naive_nll(run, window) - expected).abs().max() > 1e-2
 
 
+def test_in_longer_windows_a_target_sees_as_many_keys_as_in_training_and_the_score_is_the_same_in_all_of_them(
+    make_run: Callable,
+) -> None:
+    """With local attention, what a target of a late enough position is given depends on the tokens that its blocks can
+    reach, 3 x 31 positions back, and on nothing else of its window: neither on its start nor on its length."""
+    settings = {"eval_attn_window": 32, "eval_stride": 16}
+    scores = []
+    for window in (128, 160):
+        run = make_run(320, eval_seq_len=window, **settings)
+        scores.append(score_nll(run, 16))
+        assert (scores[-1] - naive_nll(run, 16)).abs().max() < 1e-4
+    assert (scores[0] - scores[1]).abs().max() < 1e-4  # the last 16 of 128 positions see no start of the window
+    # Positions before the reach are not seen: with one block fewer to pass on, the scores are others.
+    wide = score_nll(make_run(320, eval_seq_len=128, eval_stride=16), 16)
+    assert (scores[0] - wide)[32:].abs().max() > 1e-2
+    # Where no window is longer than the reach, it changes nothing at all.
+    plain, same = make_run(320), make_run(320, eval_attn_window=32)
+    assert torch.equal(score_nll(plain, 8), score_nll(same, 8))
+
+
 @pytest.mark.parametrize("num_targets", [101, 20])
 def test_scores_do_not_depend_on_the_windows_a_batch(make_run: Callable, num_targets: int) -> None:
     one, *others = (score_nll(make_run(num_targets, eval_batch_seqs=n), 8) for n in (1, 3, 4, 64))

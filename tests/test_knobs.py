@@ -140,6 +140,7 @@ TURNS: dict[str, tuple] = {
     "size_of_code": ("packed", "raw", "code"),
     "size_limit": (len(CODE) + 5000, len(CODE) + 4000, f"{CODES} size", FITTED),
     "eval_seq_len": (0, 64, f"{WINDOWS} report"),
+    "eval_attn_window": (0, 32, f"text {TTT} ttt_batches preflight report", {"eval_seq_len": 64}),
     "eval_stride": (8, 16, "sliding final score_batches preflight banner"),
     "eval_batch_seqs": (4, 8, "score_batches preflight report"),
     "eval_ladder": (False, True, "passes"),

@@ -48,6 +48,7 @@ def failed(proofs: dict[str, dict[str, Any]]) -> set[str]:
         {"eval_seq_len": 48, "eval_stride": 7, "ttt_chunk_tokens": 1000},
         {"eval_stride": 0, "ttt_chunk_tokens": 16},  # chunks shorter than a window
         {"eval_stride": 0, "num_targets": 97},
+        {"eval_seq_len": 64, "eval_attn_window": 32, "eval_stride": 32},
         {"num_targets": 331, "ttt_batch_seqs": 1, "eval_batch_seqs": 1, "micro_batch_tokens": 1},
         {"ttt_cosine": False, "ttt_freeze_blocks": 2, "ttt_momentum": 0.0, "ttt_grad_clip": 0.0},
     ],
