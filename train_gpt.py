@@ -491,6 +491,7 @@ class Runtime:
         self.compiled = cuda if h.compile == "auto" else h.compile == "1"
         self._set_compiler_defaults()
         self.compiler = CompilerWatch(self)
+        self.has_graphs = cuda
         self.records_graphs = cuda and h.cuda_graphs
         self.lag = int(cuda)  # steps that the host may be ahead of the device
         self.pending = None  # the number that lagged_item returns next
@@ -651,10 +652,6 @@ class Runtime:
         if not self.compiled:
             return function
         return self.compiler.watched(function, torch.compile(function, dynamic=False, fullgraph=True))
-
-    def replayed(self, function: Callable[..., None], name: str) -> Callable[..., None]:
-        """Return `function`, which works in place, as a ReplayedFunction on CUDA, or unchanged on other devices."""
-        return ReplayedFunction(self, function, name) if self.device.type == "cuda" else function
 
     def record_graph(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record what `work` gives the device, which does not do it yet. Return a function that has it done."""
@@ -849,37 +846,44 @@ class CompilerWatch:
             self.rt.log(f"compiled {name} in {seconds:.1f}s")
 
 
-class ReplayedFunction:
-    """A function that works in place on a GPU, replayed as one CUDA graph: one launch for the host, where a step of
-    adaptation has 638, which take it 10 ms.
+class GraphCache:
+    """CUDA graphs of work that an object does again and again: one launch for the host, where a step of adaptation has
+    638, which take it 10 ms.
 
-    The first call with some shapes runs as usual, which compiles and allocates what there is to; the second is
-    recorded. So the function must do the same work at every call, on tensors that stay in their places, without
+    The first call with some shapes works as usual, which compiles and allocates what there is to; the second is
+    recorded. So the function must do the same at every call, in place, on tensors that stay where they are, without
     looking at a value, and return nothing. Its arguments are copied to where it was recorded to read them, numbers as
-    tensors. Where recording fails, a warning says so, and it runs as usual.
+    tensors. Where recording fails, a warning says so, and it works as usual.
     """
 
-    def __init__(self, rt: Runtime, function: Callable[..., None], name: str):
+    def __init__(self, rt: Runtime, name: str, records: bool = True):
         self.rt = rt
-        self.function = function
         self.name = name
-        self.inputs: dict[tuple, list[Tensor]] = {}  # shapes -> the arguments in their places
-        self.replays: dict[tuple, Callable[[], None]] = {}  # shapes -> what does the work of a call
+        self.records = records
+        self.inputs: dict[tuple, list[Tensor]] = {}  # the arguments in their places
+        self.replays: dict[tuple, Callable[[], None] | None] = {}
 
-    def __call__(self, *args: Tensor | float) -> None:
-        shapes = tuple(getattr(arg, "shape", ()) for arg in args)
-        if shapes not in self.inputs:
-            self.inputs[shapes] = [self._place(arg) for arg in args]
-            self.function(*self.inputs[shapes])
+    def run(self, function: Callable[..., None], *args: Tensor | float, **constants: Any) -> None:
+        """Do `function(*args, **constants)`, on CUDA from a graph where there is one."""
+        if not self.rt.has_graphs:
+            function(*args, **constants)
             return
-        for place, arg in zip(self.inputs[shapes], args):
+        shapes = tuple(getattr(arg, "shape", ()) for arg in args)
+        key = (function.__name__, shapes, *constants.values())
+        if key not in self.inputs:
+            self.inputs[key] = [self._place(arg) for arg in args]
+            function(*self.inputs[key], **constants)
+            return
+        for place, arg in zip(self.inputs[key], args):
             if isinstance(arg, Tensor):
                 place.copy_(arg)
             else:
                 place.fill_(arg)
-        if shapes not in self.replays:
-            self.replays[shapes] = self._recorded(functools.partial(self.function, *self.inputs[shapes]))
-        self.replays[shapes]()
+        work = functools.partial(function, *self.inputs[key], **constants)
+        if key not in self.replays:
+            self.replays[key] = self._record(work)
+        replay = self.replays[key] or work
+        replay()
 
     def _place(self, arg: Tensor | float) -> Tensor:
         """Return an argument in a place of its own."""
@@ -887,16 +891,16 @@ class ReplayedFunction:
             return arg.clone()
         return torch.full((), arg, dtype=torch.float32, device=self.rt.device)
 
-    def _recorded(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Return a function that replays `work`, or `work` itself where it cannot be recorded."""
-        if not self.rt.records_graphs:
-            return work
+    def _record(self, work: Callable[[], None]) -> Callable[[], None] | None:
+        """Return what replays `work`, or None where it is not recorded."""
+        if not (self.records and self.rt.records_graphs):
+            return None
         try:
             return self.rt.record_graph(work)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             self.rt.warn(f"{self.name} is not replayed as a CUDA graph and so takes longer: {reason}")
-            return work
+            return None
 
 
 class Progress:
@@ -2985,10 +2989,8 @@ class Scorer:
         self.nll = torch.full((val.num_targets + 1,), math.nan, device=run.rt.device)
         self.loss_sum = torch.zeros((), dtype=run.rt.sum_dtype, device=run.rt.device)  # of one call of `score`
         self.times_scored = np.zeros(val.num_targets, dtype=np.uint8)
-        self.score_tails = {}  # number of last positions that are scored -> what scores them, in a batch of windows
-        for last_n in (self.length, min(stride, self.length)):
-            score_tail = functools.partial(self._score_tail, last_n)
-            self.score_tails[last_n] = run.rt.replayed(score_tail, f"scoring of {last_n} targets a window")
+        # Plain passes are short, and to record empties the allocator's cache, under a training that may be in progress.
+        self.graphs = GraphCache(run.rt, "scoring", records=stride < self.length)
         self.progress = Progress(run.rt, f"{label} with stride {stride}", val.num_targets, "tok")
         self.start = run.rt.now()
 
@@ -3017,14 +3019,15 @@ class Scorer:
             begin, end = int(batch[0, 1]), int(batch[-1, 2])
             if i % rt.world_size == rt.rank:
                 padding = (0, 0, 0, rows - len(batch))  # with empty windows
-                self.score_tails[last_n](F.pad(on_device[low : low + rows], padding))
+                padded = F.pad(on_device[low : low + rows], padding)
+                self.graphs.run(self._score_tail, padded, last_n=last_n)
                 byte_count += int(self.val.target_bytes[begin:end].sum())
                 for _, first_target, window_end in batch:
                     self.times_scored[first_target:window_end] += 1
             self.progress.advance(end - begin)
         return byte_count
 
-    def _score_tail(self, last_n: int, windows: Tensor) -> None:
+    def _score_tail(self, windows: Tensor, last_n: int) -> None:
         """Score the targets of windows (W, 3) at their last positions: write them into `nll`, add them to the sum."""
         inputs, targets, target_idx = gather_windows(self.tokens, windows, self.length)
         nll = self.run.token_nll(inputs, targets[:, -last_n:])  # (W, last_n)
@@ -3104,7 +3107,7 @@ class TTT:
             self.optimizer = torch.optim.SGD(options, momentum=h.ttt_momentum, fused=on_cuda or None)
         else:
             self.optimizer = torch.optim.AdamW(options, fused=on_cuda or None, capturable=on_cuda)
-        self.replayed_update = run.rt.replayed(self.update, "adaptation")
+        self.graphs = GraphCache(run.rt, "adaptation")
 
     def score(self, scorer: Scorer, windows: np.ndarray) -> tuple[Tensor, int]:
         """Score the windows' targets, once and for all. Return the nats and bytes of those that this rank scored.
@@ -3131,7 +3134,7 @@ class TTT:
 
     def adapt(self, batch: Batch, lr_scale: float) -> None:
         """Train on a batch that has been scored, at the peak learning rates times `lr_scale`."""
-        self.replayed_update(*batch, lr_scale)
+        self.graphs.run(self.update, *batch, lr_scale)
 
     def update(self, inputs: Tensor, targets: Tensor, num_targets: float | Tensor, lr_scale: float | Tensor) -> None:
         """Take a step along the clipped gradient of the mean loss over all ranks' targets."""

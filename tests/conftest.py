@@ -105,8 +105,8 @@ def replay(run: t.Run) -> list[Callable[[], None]]:
     def record_graph(work: Callable[[], None]) -> Callable[[], None]:
         return lambda: (replays.append(work), work())[1]  # recording does nothing yet
 
-    run.rt.records_graphs, run.rt.record_graph = True, record_graph
-    run.rt.replayed = lambda function, name: t.ReplayedFunction(run.rt, function, name)
+    run.rt.has_graphs = run.rt.records_graphs = True
+    run.rt.record_graph = record_graph
     return replays
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import multiprocessing
 import os
@@ -527,9 +528,10 @@ def test_the_passes_of_the_plan_are_those_of_the_final_score(
         cls, name = method.split(".")
         original = getattr(getattr(t, cls), name)
 
-        def counted(*args: object, original: Callable = original, name: str = name) -> None:
+        @functools.wraps(original)
+        def counted(*args: object, original: Callable = original, name: str = name, **constants: object) -> None:
             counts[name] += 1
-            original(*args)
+            original(*args, **constants)
 
         monkeypatch.setattr(getattr(t, cls), name, counted)
     t.final_score(run)

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,12 +128,14 @@ def test_a_cpu_takes_bfloat16_only_where_it_is_compiled_and_wins(
         ({"train_seq_len": 8192, "eval_seq_len": 8192, "train_batch_tokens": 8192}, (1, 1, 1)),
         ({"micro_batch_tokens": 96, "eval_batch_seqs": 5}, (3, 3, 5)),
         ({"micro_batch_tokens": 1}, (1, 1, 32)),
+        ({"ttt_chunk_tokens": 100}, (128, 128, 13)),  # no more windows than a chunk has, 8 targets each
+        ({"ttt_chunk_tokens": 100, "ttt_enabled": False}, (128, 128, 32)),
     ],
 )
 def test_passes_on_a_cpu_are_small_unless_a_setting_says_how_large(
     runtime: Callable, settings: dict, rows: tuple[int, int, int]
 ) -> None:
-    rt = runtime(**{"eval_batch_seqs": "auto", **settings})
+    rt = runtime(**{"eval_batch_seqs": "auto", "ttt_chunk_tokens": 32_768, **settings})
     assert tuple(rt.max_rows[phase] for phase in ("training", "adaptation", "scoring")) == rows
 
 
@@ -296,30 +299,34 @@ def add_into(total: torch.Tensor) -> Callable[..., None]:
     return add
 
 
-def test_a_replayed_function_warms_up_records_and_is_then_replayed_on_new_values(runtime: Callable) -> None:
+def test_work_warms_up_is_recorded_and_then_replayed_on_new_values(runtime: Callable) -> None:
     rt, total, graphs = runtime(), torch.zeros(()), []
 
     def record_graph(work: Callable) -> Callable:
         graphs.append([0])
         return lambda graph=graphs[-1]: (graph.append(graph.pop() + 1), work())[1]
 
-    rt.records_graphs, rt.record_graph = True, record_graph
-    add, expected = t.ReplayedFunction(rt, add_into(total), "adding"), 0.0
+    rt.has_graphs = rt.records_graphs = True
+    rt.record_graph = record_graph
+    cache, add, expected = t.GraphCache(rt, "adding"), add_into(total), 0.0
     for i, length in enumerate([3, 3, 3, 2, 3, 2, 2]):
-        add(torch.full((length,), i + 1.0), 0.5 * i)
+        cache.run(add, torch.full((length,), i + 1.0), 0.5 * i)
         expected += length * (i + 1.0) * 0.5 * i
         assert total.item() == expected
     # Of each shape, the first call is the warm-up, the second is recorded and replayed.
     assert graphs == [[3], [2]]
+    for _ in range(2):
+        cache.run(lambda values, factor: total.fill_(factor), torch.ones(2), factor=7.0)
+    assert total.item() == 7.0 and len(graphs) == 3, "another function, another graph"
 
 
-def test_an_argument_of_a_replayed_function_may_change_afterwards(runtime: Callable) -> None:
+def test_an_argument_of_recorded_work_may_change_afterwards(runtime: Callable) -> None:
     rt, seen = runtime(), []
-    rt.records_graphs, rt.record_graph = True, lambda work: work
-    function = t.ReplayedFunction(rt, lambda values: seen.append(values), "looking")
-    values = torch.ones(2)
+    rt.has_graphs = rt.records_graphs = True
+    rt.record_graph = lambda work: work
+    cache, values = t.GraphCache(rt, "looking"), torch.ones(2)
     for _ in range(3):
-        function(values)
+        cache.run(lambda values: seen.append(values), values)
     assert len({tensor.data_ptr() for tensor in seen}) == 1, "the place is always the same"
     assert seen[0].data_ptr() != values.data_ptr()
 
@@ -335,11 +342,11 @@ def test_where_a_graph_cannot_be_recorded_a_warning_says_so_once_and_the_work_is
         total.sub_(total)
         raise RuntimeError("operation not permitted when stream is capturing\nmore about it")
 
-    rt.rank, rt.records_graphs, rt.record_graph = rank, True, fail
-    add = t.ReplayedFunction(rt, add_into(total), "adding")
-    add(torch.ones(3), 1.0)
-    add(torch.ones(3), 2.0)
-    add(torch.ones(3), 3.0)
+    rt.rank, rt.record_graph = rank, fail
+    rt.has_graphs = rt.records_graphs = True
+    cache, add = t.GraphCache(rt, "adding"), add_into(total)
+    for factor in (1.0, 2.0, 3.0):
+        cache.run(add, torch.ones(3), factor)
     assert total.item() == 6.0 + 9.0
     out, err = capsys.readouterr()
     (line,) = (out + err).splitlines()
@@ -352,13 +359,44 @@ def test_where_a_graph_cannot_be_recorded_a_warning_says_so_once_and_the_work_is
 
 def test_without_graphs_the_arguments_are_tensors_all_the_same(runtime: Callable) -> None:
     """So that the arithmetic does not depend on whether a graph could be recorded."""
-    rt, total = runtime(), torch.zeros(())
+    rt, total, seen = runtime(), torch.zeros(()), []
     rt.record_graph = None  # not called
-    add = t.ReplayedFunction(rt, add_into(total), "adding")
-    for i in range(4):
-        add(torch.ones(2), 1.0 * i)
-    assert total.item() == 12.0
-    assert rt.replayed(len, "len") is len, "on a CPU nothing is replayed"
+
+    def add(values: torch.Tensor, factor: float | torch.Tensor) -> None:
+        seen.append(factor)
+        total.add_(values.sum() * factor)
+
+    for records_graphs, records in ((False, True), (True, False)):
+        rt.has_graphs, rt.records_graphs = True, records_graphs
+        cache = t.GraphCache(rt, "adding", records)
+        for factor in range(3):
+            cache.run(add, torch.ones(2), factor)
+    assert total.item() == 2 * (0 + 2 + 4)
+    assert all(isinstance(factor, torch.Tensor) for factor in seen)
+    rt.has_graphs = False
+    cache.run(add, torch.ones(2), 5)
+    assert seen[-1] == 5 and total.item() == 22.0, "on a CPU an argument is what it was"
+
+
+def test_nothing_of_the_object_whose_work_is_recorded_is_held(runtime: Callable) -> None:
+    """A cycle would keep a text's scores, and on a GPU its graph's memory, until Python looks for cycles."""
+    rt = runtime()
+
+    class Worker:
+        def __init__(self) -> None:
+            self.graphs = t.GraphCache(rt, "work")
+
+        def work(self, values: torch.Tensor) -> None:
+            values.add_(1)
+
+    for records in (False, True):
+        rt.has_graphs, rt.records_graphs, rt.record_graph = True, records, lambda work: lambda: None
+        worker = Worker()
+        for _ in range(3):
+            worker.graphs.run(worker.work, torch.ones(1))
+        gone = weakref.ref(worker)
+        del worker
+        assert gone() is None
 
 
 def test_the_pace_is_the_time_of_one_call_on_the_slowest_rank(

@@ -299,6 +299,7 @@ OTHER_TEXTS = {
     "quant_floor": 0.5,
     "fp16_keep_name_patterns": "tok_emb",
     "ttt_lr_groups": "mlp.proj:3",
+    "eval_attn_window": 32,
     "eval_seq_len": 64,
     "ttt_freeze_blocks": 1,
 }
