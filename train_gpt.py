@@ -40,6 +40,7 @@ import re
 import struct
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -276,7 +277,7 @@ class Hyperparameters:
     size_of_code = Knob("packed", ("packed", "raw"), "form of the script that is shipped, counted and fitted against")
     size_limit = Knob(SIZE_LIMIT_BYTES, (1, SIZE_LIMIT_BYTES), "maximum bytes of code + model")
     # scoring and adaptation
-    eval_seq_len = Knob(0, (0, 2**20), "positions of a window in scoring and adaptation; 0: TRAIN_SEQ_LEN")
+    eval_seq_len = Knob(0, (0, 2**20), "positions of a scoring window; 0: TRAIN_SEQ_LEN")
     eval_attn_window = Knob(
         0, (0, 2**20), "positions that a query of a longer scoring window attends to (local attention); 0: all"
     )
@@ -380,7 +381,10 @@ class Hyperparameters:
         tokens, length = self.train_batch_tokens, self.train_seq_len
         wrong_bits = [name.upper() for name in self.knobs() if name.endswith("_bits") and 8 < getattr(self, name) < 16]
         if self.reach > self.window:
-            raise UserError(f"EVAL_ATTN_WINDOW={self.eval_attn_window} is larger than EVAL_SEQ_LEN={self.window}")
+            wide = f"EVAL_ATTN_WINDOW={self.eval_attn_window} is larger than the window of {self.window} positions"
+            raise UserError(f"{wide}: raise EVAL_SEQ_LEN")
+        if self.ttt_epochs == "auto" and self.ttt_mode == "pre":
+            raise UserError("TTT_EPOCHS=auto is for TTT_MODE=score_first: give a number")
         if self.stride > self.window:
             raise UserError(f"EVAL_STRIDE={self.eval_stride} is larger than the window of {self.window} positions")
         if self.trains and tokens % length:
@@ -493,6 +497,7 @@ class Runtime:
         self.compiler = CompilerWatch(self)
         self.has_graphs = cuda
         self.records_graphs = cuda and h.cuda_graphs
+        self.graphs = weakref.WeakSet()  # that are recorded and still held
         self.lag = int(cuda)  # steps that the host may be ahead of the device
         self.pending = None  # the number that lagged_item returns next
         self.files = []  # train.log and metrics.jsonl, on rank 0
@@ -656,9 +661,14 @@ class Runtime:
     def record_graph(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record what `work` gives the device, which does not do it yet. Return a function that has it done."""
         graph = torch.cuda.CUDAGraph()
-        # Thread-local: the loader's thread may pin memory meanwhile, and NCCL's watchdog ask for its events.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            work()
+        stream = torch.cuda.current_stream()
+        try:
+            # Thread-local: the loader's thread may pin memory meanwhile, and NCCL's watchdog ask for its events.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                work()
+        finally:
+            torch.cuda.set_stream(stream)  # a recording that fails would leave its own
+        self.graphs.add(graph)
         return graph.replay
 
     def to_device(self, array: np.ndarray) -> Tensor:
@@ -686,7 +696,10 @@ class Runtime:
 
     def fits(self, work: Callable[[], Any]) -> bool:
         """Do `work`, which must not communicate. Return whether there was enough memory on every rank."""
+        records_graphs = self.records_graphs
+        self.records_graphs = False  # a graph keeps its memory, also that of a size that does not fit
         enough = self._has_memory_for(work)
+        self.records_graphs = records_graphs
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # for other libraries, and for pieces of other sizes
         return self.least(enough) == 1
@@ -785,6 +798,8 @@ class Runtime:
     def close(self) -> None:
         """Leave the process group."""
         self.compiler.close()
+        for graph in self.graphs:
+            graph.reset()  # NCCL waits for graphs that have its collectives
         if self.world_size > 1:
             dist.destroy_process_group()
 
@@ -861,7 +876,7 @@ class GraphCache:
         self.name = name
         self.records = records
         self.inputs: dict[tuple, list[Tensor]] = {}  # the arguments in their places
-        self.replays: dict[tuple, Callable[[], None] | None] = {}
+        self.replays: dict[tuple, Callable[[], None]] = {}
 
     def run(self, function: Callable[..., None], *args: Tensor | float, **constants: Any) -> None:
         """Do `function(*args, **constants)`, on CUDA from a graph where there is one."""
@@ -880,9 +895,9 @@ class GraphCache:
             else:
                 place.fill_(arg)
         work = functools.partial(function, *self.inputs[key], **constants)
-        if key not in self.replays:
+        if self.records and self.rt.records_graphs and key not in self.replays:
             self.replays[key] = self._record(work)
-        replay = self.replays[key] or work
+        replay = self.replays.get(key, work)
         replay()
 
     def _place(self, arg: Tensor | float) -> Tensor:
@@ -891,16 +906,15 @@ class GraphCache:
             return arg.clone()
         return torch.full((), arg, dtype=torch.float32, device=self.rt.device)
 
-    def _record(self, work: Callable[[], None]) -> Callable[[], None] | None:
-        """Return what replays `work`, or None where it is not recorded."""
-        if not (self.records and self.rt.records_graphs):
-            return None
+    def _record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Return what replays `work`, or `work` itself where it cannot be recorded."""
         try:
             return self.rt.record_graph(work)
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
+            cause = error.__context__ or error  # the end of a recording that failed fails too
+            reason = str(cause).partition("\n")[0]
             self.rt.warn(f"{self.name} is not replayed as a CUDA graph and so takes longer: {reason}")
-            return None
+            return work
 
 
 class Progress:
@@ -2573,7 +2587,8 @@ def _preflight_scoring(run: Run) -> None:
         score_sliding(sliding.windows[:num_windows])
 
     fit_rows(rt, "scoring", rt.max_rows["scoring"], score_both)
-    rt.pass_seconds["scoring"] = rt.pace(lambda: score_sliding(sliding.windows[1:num_windows]))
+    one_each = sliding.windows[1 : 1 + rt.max_rows["scoring"] * rt.world_size]  # a batch for every process
+    rt.pass_seconds["scoring"] = rt.pace(functools.partial(score_sliding, one_each))
     if ttt:
         batch = ttt.batches(sliding.tokens, 0, chunk)[0]
         add_gradients = functools.partial(ttt.add_gradients, *batch)
@@ -2976,7 +2991,8 @@ def gather_windows(tokens: Tensor, windows: Tensor, length: int) -> tuple[Tensor
 
 
 class Scorer:
-    """Scores the windows of a text. Batches are dealt to the ranks in turn, so no score depends on their number."""
+    """Scores the windows of a text. Batches are dealt to the ranks in turn, so no score depends on their number, but
+    for rounding: a batch has no more windows than a rank's share of a chunk."""
 
     def __init__(self, run: Run, val: Validation, stride: int, label: str = "scoring"):
         self.run = run
@@ -3012,6 +3028,8 @@ class Scorer:
         """Score windows whose targets are within their last positions, in batches of `rows`. Return the bytes of the
         targets that this rank scored."""
         rt = self.run.rt
+        if not len(windows):
+            return 0
         on_device = rt.to_device(windows)
         byte_count = 0
         for i, low in enumerate(range(0, len(windows), rows)):
@@ -3079,7 +3097,8 @@ class TTT:
     """Test-time training of all weights, in place: a test-time method, which scores text and then adapts to it.
 
     A step is the same for any number of processes: they share its sequences, padded with empty ones, and its gradient.
-    Another method is a subclass that `pick_ttt` returns.
+    Another method is a subclass that `pick_ttt` returns. On a GPU, the Python of its `update` runs twice and is then
+    replayed (see GraphCache); CUDA_GRAPHS=0 runs it each time.
     """
 
     def __init__(self, run: Run):
@@ -3099,14 +3118,14 @@ class TTT:
         self.flat_gradient = torch.zeros(sum(sizes), device=run.rt.device)  # of one collective
         parts = self.flat_gradient.split(sizes)
         self.gradients = [part.view_as(p) for part, p in zip(parts, self.parameters)]
-        on_cuda = run.rt.device.type == "cuda"  # fused updates take learning rates that are tensors
+        fused = run.rt.has_graphs or None  # which takes learning rates that are tensors
         options = []
         for factor, parameters in groups.items():
             options.append({"params": parameters, "peak_lr": h.ttt_lr * factor, "weight_decay": 0.0})
         if h.ttt_optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(options, momentum=h.ttt_momentum, fused=on_cuda or None)
+            self.optimizer = torch.optim.SGD(options, momentum=h.ttt_momentum, fused=fused)
         else:
-            self.optimizer = torch.optim.AdamW(options, fused=on_cuda or None, capturable=on_cuda)
+            self.optimizer = torch.optim.AdamW(options, fused=fused, capturable=run.rt.records_graphs)
         self.graphs = GraphCache(run.rt, "adaptation")
 
     def score(self, scorer: Scorer, windows: np.ndarray) -> tuple[Tensor, int]:
@@ -3193,8 +3212,8 @@ def chunk_windows(windows: np.ndarray, chunk_tokens: int) -> list[np.ndarray]:
 def chunk_lr_scale(h: Hyperparameters, done: float) -> float:
     """Return the factor on TTT_LR for each step on a chunk: a half cosine, from 1 where `done` is 0 to 0 where it is 1.
 
-    More than three epochs share the sum of three's rates, so that they cost time and never quality: 50 epochs at the
-    rate of three make a score worse by 0.1 bits per byte (records/README.md).
+    More than three epochs share the sum of three's rates. So they cost time and, in all that was measured, no quality;
+    at the rate of three, 50 epochs make a score worse by 0.1 bits per byte (records/README.md).
     """
     scale = cosine(done) if h.ttt_cosine else 1.0
     return scale * min(1.0, FULL_RATE_EPOCHS / h.ttt_epochs)
@@ -3278,13 +3297,13 @@ def plan_evaluation(run: Run) -> None:
     num_batches, num_steps = count_passes(run)
     scoring = num_batches * rt.pass_seconds["scoring"]
     epoch = num_steps * rt.pass_seconds.get("adaptation", 0.0)
-    budget = 0.95 * h.eval_budget_seconds  # predictions are a few percent off
-    fitting = 1000
+    budget = 0.95 * h.eval_budget_seconds  # predictions on a CPU were 1 to 3% off
+    fitting = FULL_RATE_EPOCHS  # where there is nothing to adapt to
     if epoch:
         fitting = min(1000, int(max(0.0, budget - scoring) / epoch))
     if h.ttt_epochs == "auto":
         h.ttt_epochs = max(1, fitting)
-        rt.log(f"plan: TTT_EPOCHS=auto is {h.ttt_epochs}")
+        rt.log(f"plan: TTT_EPOCHS=auto is {h.ttt_epochs}, which repeats this run's score")
     total = scoring
     parts = f"{scoring:.1f}s of scoring"
     if epoch:

@@ -399,6 +399,7 @@ def prove_future_flip(probe: Probe) -> dict[str, Any]:
     says = f"{identical:,} of {total:,} scores before {len(probe.flips)} changes of the text are bit-identical"
     if not same:
         says += "; INCONCLUSIVE: the same text scored twice differs, set ATTN_BACKEND=sdpa for deterministic gradients"
+        says += ", or CUDA_GRAPHS=0"
     passed = same and moved and identical == total
     return {"passed": passed, "says": says, "repeat_bit_identical": same, "flips": probe.flips}
 

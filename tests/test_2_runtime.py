@@ -378,6 +378,18 @@ def test_without_graphs_the_arguments_are_tensors_all_the_same(runtime: Callable
     assert seen[-1] == 5 and total.item() == 22.0, "on a CPU an argument is what it was"
 
 
+def test_what_is_only_tried_for_its_memory_is_not_recorded_but_is_later(runtime: Callable) -> None:
+    rt, total, recorded = runtime(), torch.zeros(()), []
+    rt.has_graphs = rt.records_graphs = True
+    rt.record_graph = lambda work: recorded.append(work) or work
+    cache, add = t.GraphCache(rt, "adding"), add_into(total)
+    for _ in range(3):
+        assert rt.fits(lambda: cache.run(add, torch.ones(1), 1.0))
+    assert not recorded and rt.records_graphs
+    cache.run(add, torch.ones(1), 1.0)
+    assert len(recorded) == 1 and total.item() == 4.0
+
+
 def test_nothing_of_the_object_whose_work_is_recorded_is_held(runtime: Callable) -> None:
     """A cycle would keep a text's scores, and on a GPU its graph's memory, until Python looks for cycles."""
     rt = runtime()
