@@ -148,7 +148,7 @@ def _parse_number(value: Any, kind: type, low: float, high: float) -> Any:
 
 
 class AutoKnob(Knob):
-    """A number of a range, whose type is that of its bounds; or auto, which leaves it to the run."""
+    """A number of a range, of the type of its bounds; or auto, which leaves it to the run."""
 
     def __init__(self, allowed: tuple, meaning: str, default: Any = "auto"):
         super().__init__(default, allowed, meaning)
@@ -334,7 +334,7 @@ class Hyperparameters:
         self.head_dim = self.model_dim // self.num_heads
         self.window = self.eval_seq_len or self.train_seq_len  # positions T of a scoring window
         self.stride = self.eval_stride or self.window  # targets per window, except in the first
-        self.reach = self.eval_attn_window or self.window  # positions that a query attends to, its own included
+        self.reach = self.eval_attn_window or self.window  # positions that a query attends to
         indices, multipliers = [], []
         try:
             if self.ve_enabled:
@@ -516,7 +516,7 @@ class Runtime:
         if not self.has_kernels:
             refuse_kernels(h)
         self.max_rows = self._initial_rows(h)
-        self.pass_seconds: dict[str, float] = {}  # of a batch of scoring and a step of adaptation, for the plan
+        self.pass_seconds: dict[str, float] = {}  # of a batch of scoring, a step of adaptation
         torch.manual_seed(h.seed)
 
     def _pick_device(self, name: str) -> torch.device:
@@ -571,7 +571,7 @@ class Runtime:
         rows = {"training": tokens // h.train_seq_len, "scoring": h.eval_batch_seqs, "adaptation": tokens // h.reach}
         if h.eval_batch_seqs == "auto":
             rows["scoring"] = 32
-            if h.ttt_enabled and h.ttt_mode == "score_first":  # some of a chunk's windows for every process
+            if h.ttt_enabled and h.ttt_mode == "score_first":
                 share = h.ttt_chunk_tokens / h.stride / self.world_size
                 rows["scoring"] = min(32, math.ceil(share))
             if self.device.type == "cpu":
@@ -695,9 +695,9 @@ class Runtime:
         return min(free + torch.cuda.memory_reserved(), allowed) - torch.cuda.memory_allocated()
 
     def fits(self, work: Callable[[], Any]) -> bool:
-        """Do `work`, which must not communicate. Return whether there was enough memory on every rank."""
+        """Do `work`, which must not communicate. Return whether every rank had the memory."""
         records_graphs = self.records_graphs
-        self.records_graphs = False  # a graph keeps its memory, also that of a size that does not fit
+        self.records_graphs = False  # they keep their memory, also of a size that does not fit
         enough = self._has_memory_for(work)
         self.records_graphs = records_graphs
         if self.device.type == "cuda":
@@ -1430,7 +1430,7 @@ class CausalSelfAttention(nn.Module):
         self.head_dim = h.head_dim
         self.use_xsa = layer >= h.num_layers - h.xsa_last_n
         self.attend = sdpa
-        self.reach = max(h.reach, h.train_seq_len)  # longer inputs, in scoring, have local attention
+        self.reach = max(h.reach, h.train_seq_len)  # longer windows have local attention
         self.rotary = rotary
         kv_dim = h.num_kv_heads * h.head_dim
         # Initial weights are drawn, and parameters stored, in the order of these lines.
@@ -3003,7 +3003,7 @@ class Scorer:
         self.tokens = val.tokens.to(run.rt.device)
         # This rank's scores. The last entry takes what padding writes and is never read.
         self.nll = torch.full((val.num_targets + 1,), math.nan, device=run.rt.device)
-        self.loss_sum = torch.zeros((), dtype=run.rt.sum_dtype, device=run.rt.device)  # of one call of `score`
+        self.loss_sum = torch.zeros((), dtype=run.rt.sum_dtype, device=run.rt.device)  # of a call
         self.times_scored = np.zeros(val.num_targets, dtype=np.uint8)
         # Plain passes are short, and to record empties the allocator's cache, under a training that may be in progress.
         self.graphs = GraphCache(run.rt, "scoring", records=stride < self.length)
