@@ -1303,7 +1303,9 @@ def rms_norm(x: Tensor, gain: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A matrix with fp32 master weights, cast to the activations' type at use."""
+    """A matrix with fp32 master weights, cast to the activations' type at use, or ahead (see CastMatrices)."""
+
+    cast: Tensor | None = None  # ahead, with its rows scaled
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """Return x W^T + b, with the rows of W times `scale`."""
@@ -1312,6 +1314,8 @@ class Linear(nn.Linear):
 
     def matrix(self, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
         """Return W in `dtype`, its rows times `scale`: cheaper than scaling the output, by 0.48 GB a layer and pass."""
+        if self.cast is not None:
+            return self.cast
         weight = self.weight if scale is None else self.weight * scale.unsqueeze(1)
         return weight.to(dtype)
 
@@ -1791,6 +1795,38 @@ class GPT(nn.Module):
     def forward(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
         """Return the mean loss in nats per token."""
         return self.token_nll(input_ids, target_ids).mean()
+
+
+class CastMatrices:
+    """The model's matrices, scaled and cast once for many passes without gradients, to the same bits as in each pass.
+
+    A batch of scoring then launches 86 of Inductor's kernels and not 154, and moves 0.15 GB less of 29 (counted).
+    """
+
+    def __init__(self, model: GPT):
+        scale_of = {}
+        for block in model.blocks:
+            scale_of[block.attn.proj] = block.attn_scale
+            scale_of[block.mlp.proj] = block.mlp_scale
+        self.scaled = list(scale_of)
+        self.scales = [scale.unsqueeze(1) for scale in scale_of.values()]
+        self.unscaled = [m for m in model.modules() if isinstance(m, Linear) and m not in scale_of]
+        self.linears = self.scaled + self.unscaled
+        self.tensors = [torch.empty_like(linear.weight, dtype=model.compute_dtype) for linear in self.linears]
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Cast the weights as they are now, for the passes in this context, in which they must not change."""
+        with torch.no_grad():
+            scaled = torch._foreach_mul([linear.weight for linear in self.scaled], self.scales)
+            torch._foreach_copy_(self.tensors, [*scaled, *(linear.weight for linear in self.unscaled)])
+        for linear, tensor in zip(self.linears, self.tensors):
+            linear.cast = tensor
+        try:
+            yield
+        finally:
+            for linear in self.linears:
+                linear.cast = None
 
 
 def bytes_per_token(h: Hyperparameters, rt: Runtime) -> float:
@@ -3004,6 +3040,7 @@ class Scorer:
         # This rank's scores. The last entry takes what padding writes and is never read.
         self.nll = torch.full((val.num_targets + 1,), math.nan, device=run.rt.device)
         self.loss_sum = torch.zeros((), dtype=run.rt.sum_dtype, device=run.rt.device)  # of a call
+        self.matrices = CastMatrices(run.model)
         self.times_scored = np.zeros(val.num_targets, dtype=np.uint8)
         # Plain passes are short, and to record empties the allocator's cache, under a training that may be in progress.
         self.graphs = GraphCache(run.rt, "scoring", records=stride < self.length)
@@ -3020,8 +3057,9 @@ class Scorer:
             full_rows = 1
         is_full = windows[:, 2] - windows[:, 1] > self.stride  # the text's first window: all its positions are scored
         self.loss_sum.zero_()
-        byte_count = self._score_batches(windows[is_full], self.length, full_rows)
-        byte_count += self._score_batches(windows[~is_full], min(self.stride, self.length), rows)
+        with self.matrices.used():
+            byte_count = self._score_batches(windows[is_full], self.length, full_rows)
+            byte_count += self._score_batches(windows[~is_full], min(self.stride, self.length), rows)
         return self.loss_sum.clone(), byte_count
 
     def _score_batches(self, windows: np.ndarray, last_n: int, rows: int) -> int:

@@ -542,6 +542,37 @@ def test_bfloat16_activations_stay_close_and_parameters_stay_fp32(tiny: Settings
     assert 0.001 < error < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["defaults", "everything"])
+def test_matrices_cast_ahead_give_the_same_bits_for_the_weights_of_the_moment_and_are_put_away(
+    tiny: Settings, settings: dict, dtype: torch.dtype
+) -> None:
+    model = t.GPT(tiny(**settings))
+    model.compute_dtype = dtype
+    wake(model)
+    ids, targets = torch.randint(96, (2, 4, 32))
+    matrices = t.CastMatrices(model)
+    places = [tensor.data_ptr() for tensor in matrices.tensors]
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    results = []
+    with torch.no_grad():
+        for _ in range(3):
+            expected = model.token_nll(ids, targets)
+            with matrices.used():
+                assert all(linear.cast is not None for linear in linears)  # none is forgotten
+                assert torch.equal(model.token_nll(ids, targets), expected)
+            results.append(expected)
+            for parameter in model.parameters():  # as adaptation does, in place
+                parameter.mul_(1.1)
+    assert not torch.equal(results[0], results[1])
+    assert places == [tensor.data_ptr() for tensor in matrices.tensors]  # where a CUDA graph reads them
+    with pytest.raises(KeyboardInterrupt), matrices.used():
+        raise KeyboardInterrupt
+    assert all(linear.cast is None for linear in linears)
+    model(ids, targets).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def can_compile() -> bool:
     """Whether torch can build C++ kernels here: it needs a compiler and Python's headers."""
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
