@@ -37,9 +37,14 @@ import math
 import os
 import platform
 import re
+import selectors
+import signal
+import socket
 import struct
 import sys
+import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
@@ -204,6 +209,10 @@ class Hyperparameters:
     max_val_tokens = Knob(0, (0, BIG), "score only so many targets; 0: all, which a record needs")
     eval_only = Knob("", None, "artifact to score, without training")
     export_only = Knob("", None, "checkpoint to quantize, export and score, without training")
+    resume = Knob("", None, "1: go on with the run RUN_ID where it stopped; or the folder of that run")
+    checkpoint_every = Knob(
+        120.0, (0.0, 1e9), "seconds between the checkpoints of a training, for RESUME; 0: one at its end only"
+    )
     audit = Knob(False, None, "prove that the finished run kept the rules: records/audit.py, compliance.json")
     smoke = Knob(False, None, "only run the untrained model on random tokens and print one line")
     # training
@@ -326,11 +335,16 @@ class Hyperparameters:
 
     @property
     def trains(self) -> bool:
-        """Whether this run trains; EVAL_ONLY and EXPORT_ONLY begin later."""
-        return not (self.eval_only or self.export_only)
+        """Whether this process trains. EVAL_ONLY and EXPORT_ONLY begin later, and so may RESUME."""
+        return self.first_stage == "train"
 
     def _derive(self) -> None:
         """Compute what follows from single settings, and parse the settings that are written as text."""
+        self.first_stage = "train"  # of this process: train, calibrate, export or score
+        if self.export_only:
+            self.first_stage = "export"
+        if self.eval_only:
+            self.first_stage = "score"
         self.head_dim = self.model_dim // self.num_heads
         self.window = self.eval_seq_len or self.train_seq_len  # positions T of a scoring window
         self.stride = self.eval_stride or self.window  # targets per window, except in the first
@@ -395,6 +409,12 @@ class Hyperparameters:
             raise UserError(f"{', '.join(wrong_bits)}: stored bits are 2 to 8, or 16 for fp16")
         if self.eval_only and self.export_only:
             raise UserError("EVAL_ONLY and EXPORT_ONLY are both set: use one of them")
+        if self.resume and not self.trains:
+            raise UserError(
+                "RESUME is for runs that train: EVAL_ONLY and EXPORT_ONLY start from a file, so run it again"
+            )
+        if self.resume == "1" and not self.run_id:
+            raise UserError("RESUME=1 goes on with the run that RUN_ID names: set RUN_ID, or RESUME=logs/<run>")
         if not re.fullmatch(r"(\w[\w.-]*)?", self.run_id):
             raise UserError(f"RUN_ID={self.run_id}: use letters, digits, '.', '_' and '-'")
 
@@ -478,6 +498,14 @@ def refuse_kernels(h: Hyperparameters) -> None:
             raise UserError(f"{knob}={value} needs bfloat16 on an NVIDIA GPU (Ampere or newer): set {knob}=auto")
 
 
+class Stopped(BaseException):
+    """A signal has asked this process to end, and nothing that is worth keeping is lost."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
 class Runtime:
     """The machine: device, ranks, collectives, compilation, clock and log. Nothing else mentions CUDA.
 
@@ -500,7 +528,11 @@ class Runtime:
         self.graphs = weakref.WeakSet()  # that are recorded and still held
         self.lag = int(cuda)  # steps that the host may be ahead of the device
         self.pending = None  # the number that lagged_item returns next
+        self.run_dir: Path | None = None  # the run's folder, once `open_log` has it
         self.files = []  # train.log and metrics.jsonl, on rank 0
+        self.stop_signal = 0  # the signal that has asked this run to end
+        self.stop_time = 0.0
+        self.finishes_steps = False  # a signal then waits for the end of the step
         if self.device.type == "cpu":
             self._set_threads()
             keep_freed_memory()
@@ -508,16 +540,31 @@ class Runtime:
         if self.world_size > 1:
             # Import before init_process_group; otherwise its threads outlive close().
             importlib.import_module("torch._dynamo")
-            # gloo beside NCCL: the host's decisions do not wait for the device. Half an hour: rank 0 exports alone.
-            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+            self._join_group()
+        self.lifeline = Lifeline(self)
         self.dtype = self._pick_dtype(h)
         self.has_kernels = cuda and self.dtype == torch.bfloat16  # the preflight has a choice of them
         if not self.has_kernels:
             refuse_kernels(h)
         self.max_rows = self._initial_rows(h)
+        self.keeps_rows = False  # which an earlier segment of the run has found
         self.pass_seconds: dict[str, float] = {}  # of a batch of scoring, a step of adaptation
         torch.manual_seed(h.seed)
+
+    def _join_group(self) -> None:
+        store = None
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        uses_launchers_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if restarts != "0" and uses_launchers_store and self.world_size == self.local_world_size:
+            # Without a prefix, this process would find the addresses of those before the restart (pytorch#135712). On
+            # several nodes, whose launchers count for themselves, only TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps.
+            port = int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], port, self.world_size, is_master=False)
+            store = dist.PrefixStore(f"restart {restarts}", store)
+        # gloo beside NCCL: the host's decisions do not wait for the device. Half an hour: rank 0 exports alone.
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        timeout = timedelta(minutes=30)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=self.rank, world_size=self.world_size)
 
     def _pick_device(self, name: str) -> torch.device:
         available = {
@@ -652,6 +699,31 @@ class Runtime:
         """Return rank 0's `number` on every rank, so that a decision is taken once. Does not wait for the device."""
         return self.broadcast(torch.tensor(number, dtype=torch.float64)).item()
 
+    def readings(self, started: float) -> tuple[float, int]:
+        """Return rank 0's seconds since `started` on its clock, which does not wait for the device, and the signal that
+        has come to it, or 0. One message, every step."""
+        numbers = torch.tensor([time.perf_counter() - started, self.stop_signal], dtype=torch.float64)
+        seconds, number = self.broadcast(numbers).tolist()
+        return seconds, int(number)
+
+    def on_rank0(self, function: Callable[[], bytes]) -> bytes:
+        """Return on every rank the bytes that `function()` gives on rank 0: so other hosts need no copy of a file.
+        A UserError that it raises there is raised on every rank."""
+        data, failed = b"", False
+        if self.rank == 0:
+            try:
+                data = function()
+            except UserError as error:
+                data, failed = str(error).encode(), True
+        size, failed = self.broadcast(torch.tensor([len(data), failed])).tolist()
+        buffer = torch.empty(size, dtype=torch.uint8)
+        if self.rank == 0 and size:
+            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        data = self.broadcast(buffer).numpy().tobytes()
+        if failed:
+            raise UserError(data.decode())
+        return data
+
     def compile(self, function: Callable) -> Callable:
         """Return `function` compiled for fixed shapes, or unchanged where compilation is off."""
         if not self.compiled:
@@ -685,6 +757,26 @@ class Runtime:
         elif self.device.type == "mps":
             torch.mps.synchronize()
         return time.perf_counter()
+
+    def mark(self) -> Callable[[], None]:
+        """Return a function that waits until the device has done what it has been given so far."""
+        if self.device.type != "cuda":
+            return lambda: None
+        return torch.cuda.current_stream().record_event().synchronize
+
+    def random_state(self) -> list[str]:
+        """Return the state of torch's generators, as text."""
+        states = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            states.append(torch.cuda.get_rng_state())
+        return [base64.b64encode(state.numpy().tobytes()).decode() for state in states]
+
+    def set_random_state(self, texts: list[str]) -> None:
+        """Take over what `random_state` returned, as far as this machine has the devices."""
+        states = [torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for text in texts]
+        torch.set_rng_state(states[0])
+        if self.device.type == "cuda" and len(states) > 1:
+            torch.cuda.set_rng_state(states[1])
 
     def free_memory(self) -> int:
         """Return the bytes that this process could still use: of a CUDA device. Others are not asked: 0."""
@@ -740,8 +832,8 @@ class Runtime:
             work()
         return -self.least((start - self.now()) / calls)
 
-    def lagged_item(self, number: Tensor) -> float:
-        """Non-blocking `.item()`: on CUDA, return the previous call's number (nan at first), so the host never waits
+    def lagged_item(self, number: Tensor) -> float | None:
+        """Non-blocking `.item()`: on CUDA, return the previous call's number (None at first), so the host never waits
         for the step that it has just launched, and is never more than one step ahead."""
         if not self.lag:
             return number.item()
@@ -750,7 +842,7 @@ class Runtime:
         previous = self.pending
         self.pending = (copied, torch.cuda.current_stream().record_event())
         if previous is None:
-            return math.nan
+            return None
         value, event = previous
         event.synchronize()
         return value.item()
@@ -765,16 +857,27 @@ class Runtime:
             f"torch:{torch.__version__} python:{platform.python_version()} threads:{torch.get_num_threads()}"
         )
 
-    def open_log(self, run_id: str) -> None:
-        """Make logs/<run_id>/ and open its logs. Raise UserError if it exists: a run is never overwritten."""
-        start = datetime.fromtimestamp(self.broadcast_from_rank0(time.time()))
-        self.run_dir = Path("logs") / (run_id or f"{start:%Y%m%d-%H%M%S}")
-        if self.broadcast_from_rank0(self.run_dir.exists()):
-            raise UserError(f"{self.run_dir} exists already: choose another RUN_ID, or move it away")
-        if self.rank == 0:
-            self.run_dir.mkdir(parents=True)
-            for name in ("train.log", "metrics.jsonl"):
-                self.files.append((self.run_dir / name).open("x", buffering=1, encoding="utf-8"))
+    def open_log(self, folder: Path) -> None:
+        """Append to the logs in the run's folder. Raise UserError if another process does so, too."""
+        self.run_dir = folder
+        self.on_rank0(self._open_files)
+
+    def _open_files(self) -> bytes:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        for name in ("train.log", "metrics.jsonl"):
+            path = self.run_dir / name
+            drop_half_line(path)
+            self.files.append(path.open("a", buffering=1, encoding="utf-8"))
+        if os.name == "posix":
+            fcntl = importlib.import_module("fcntl")
+            try:
+                fcntl.flock(self.files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
+            except BlockingIOError:
+                self.files.clear()
+                raise UserError(f"another process is at work in {self.run_dir}: wait for its end, or stop it") from None
+            except OSError:
+                pass  # some network file systems have no locks
+        return b""
 
     def log(self, line: str) -> None:
         """Print a line on rank 0, and append it to train.log."""
@@ -795,13 +898,187 @@ class Runtime:
         for metrics_file in self.files[1:]:
             metrics_file.write(json.dumps({"event": event, **fields}) + "\n")
 
+    def catch_signals(self) -> None:
+        """Let SIGTERM, SIGINT and SIGUSR1 end this process with nothing lost: in training after the step, which is
+        kept, elsewhere at once. A second one ends it there and then, if it is not the same one, which launchers repeat
+        within a second."""
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            number = getattr(signal, name, None)  # SIGUSR1 is not everywhere
+            if number and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        is_second = self.stop_signal != 0
+        if is_second and time.monotonic() - self.stop_time > 1:
+            os._exit(128 + number)
+        if is_second:
+            return
+        self.stop_signal = number
+        self.stop_time = time.monotonic()
+        if not self.finishes_steps:
+            raise Stopped(number)
+        self.lifeline.tell_rank0(number)
+
+    def __enter__(self) -> Runtime:
+        self.catch_signals()
+        return self
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        """Leave the process group, or say why the run ends before its end."""
+        if error is None:
+            self.close()
+            return
+        if isinstance(error, Stopped):
+            self.lifeline.holds = False
+            self.log(f"stopped by {error}{self.how_to_resume()}")
+        elif not isinstance(error, UserError):
+            if self.world_size > 1:
+                time.sleep(1)  # if the cause is the end of another process, `lifeline` hears of it and ends this one
+            self._keep_traceback(error)
+        self.lifeline.holds = False
+
+    def _keep_traceback(self, error: BaseException) -> None:
+        """Write the traceback into a file of this rank's, which no launcher mixes with those of others."""
+        if self.run_dir is None:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)  # on other hosts it is not there yet
+        path = self.run_dir / f"rank{self.rank}.error.txt"
+        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        print(f"rank {self.rank} failed: {error!r}, see {path}{self.how_to_resume()}", file=sys.stderr, flush=True)
+
+    def how_to_resume(self) -> str:
+        """Return the end of a line on a run that has stopped."""
+        if self.run_dir is None or self.run_dir.parent != Path("logs"):
+            return ""
+        return f"; the same command with RESUME=1 RUN_ID={self.run_dir.name} goes on"
+
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, which all do together."""
         self.compiler.close()
+        self.lifeline.close()
         for graph in self.graphs:
             graph.reset()  # NCCL waits for graphs that have its collectives
         if self.world_size > 1:
             dist.destroy_process_group()
+
+
+HEARTBEAT_SECONDS = 1.0
+SILENCE_SECONDS = 10.0  # from another process, after which it is gone
+ALIVE, BYE, GONE = b".", b"-", b"!"  # messages of a lifeline; others are 128 + the number of a signal
+
+
+class Lifeline:
+    """Ends this process when another one of the run is gone: at once where its connection breaks, after SILENCE_SECONDS
+    where its host is cut off. A collective would wait for half an hour, and keep the GPUs.
+
+    Each rank has a connection to rank 0, over which both say every second that they are there. Time in which this
+    process was suspended does not count.
+    """
+
+    def __init__(self, rt: Runtime):
+        self.rt = rt
+        self.peers: dict[socket.socket, int] = {}  # connection -> the rank at its other end
+        self.heard: dict[socket.socket, float] = {}  # when it was heard of last
+        self.on_leaving: Callable[[], None] = lambda: None  # what there is to finish before this process ends
+        self.holds = True  # until this process ends by itself
+        if rt.world_size > 1:
+            self._connect()
+            threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
+
+    def _connect(self) -> None:
+        rt = self.rt
+        server = None
+        port = 0
+        if rt.rank == 0:
+            server = socket.create_server(("", 0), backlog=rt.world_size)
+            port = server.getsockname()[1]
+        port = int(rt.broadcast_from_rank0(port))
+        password = rt.on_rank0(lambda: os.urandom(16))
+        if server is None:
+            connection = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60)
+            connection.sendall(password + struct.pack("<I", rt.rank))
+            self.peers[connection] = 0
+            return
+        server.settimeout(60)
+        while len(self.peers) < rt.world_size - 1:
+            connection, _ = server.accept()
+            connection.settimeout(60)
+            greeting = connection.recv(len(password) + 4, socket.MSG_WAITALL)
+            if greeting[:-4] == password:
+                self.peers[connection] = struct.unpack("<I", greeting[-4:])[0]
+        server.close()
+
+    def _watch(self) -> None:
+        """Speak and listen until all others have said good-bye, or one is gone."""
+        selector = selectors.DefaultSelector()
+        for connection in self.peers:
+            connection.setblocking(False)
+            selector.register(connection, selectors.EVENT_READ)
+        last_round = last_beat = -math.inf
+        while self.peers:
+            ready = selector.select(HEARTBEAT_SECONDS)
+            now = time.monotonic()
+            if now - last_round > SILENCE_SECONDS / 2:
+                self.heard = dict.fromkeys(self.peers, now)
+            last_round = now
+            for key, _ in ready:
+                self._listen(key.fileobj)
+                if key.fileobj not in self.peers:
+                    selector.unregister(key.fileobj)
+            if now - last_beat >= HEARTBEAT_SECONDS:
+                last_beat = now
+                self._say(ALIVE)
+            for connection, rank in self.peers.items():
+                if now - self.heard[connection] > SILENCE_SECONDS:
+                    self._leave(rank, f"nothing was heard of it for {SILENCE_SECONDS:.0f}s")
+
+    def _listen(self, connection: socket.socket) -> None:
+        rank = self.peers[connection]
+        try:
+            message = connection.recv(4096)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._leave(rank, str(error))
+        if not message:
+            self._leave(rank, "its connection is closed")
+        if GONE in message:
+            at = message.index(GONE) + 1
+            (rank,) = struct.unpack("<I", message[at : at + 4])
+            self._leave(rank, "rank 0 says so")
+        if BYE in message:
+            del self.peers[connection]
+        signals = [byte - 128 for byte in message if byte >= 128]
+        if signals:
+            self.rt.stop_signal = signals[0]
+        self.heard[connection] = time.monotonic()
+
+    def _say(self, message: bytes) -> None:
+        for connection in list(self.peers):  # the other thread may take one out
+            with contextlib.suppress(OSError):  # a connection that is broken is heard of by listening
+                connection.send(message)
+
+    def tell_rank0(self, number: int) -> None:
+        """Pass a signal on to rank 0, which decides for all."""
+        if self.rt.rank != 0:
+            self._say(bytes([128 + number]))
+
+    def _leave(self, rank: int, why: str) -> None:
+        """End this process, because that of `rank` is gone."""
+        if self.rt.rank == 0:
+            self._say(GONE + struct.pack("<I", rank))
+        time.sleep(0.5)  # for what goes wrong on all ranks, which have their own say then
+        if not self.holds:
+            sys.exit()  # this thread
+        line = f"rank {rank} of {self.rt.world_size} is gone ({why}), so all stop{self.rt.how_to_resume()}"
+        self.rt.warn(line)
+        self.on_leaving()
+        os._exit(1)
+
+    def close(self) -> None:
+        """Say good-bye: what ends now is done."""
+        self.holds = False
+        self._say(BYE)
 
 
 SLOW_COMPILE_SECONDS = 1.0  # from which on a compilation is worth a line
@@ -954,11 +1231,31 @@ def require(module: str, otherwise: str) -> Any:
         raise UserError(f"the package {module} is missing: `pip install {module}`, {otherwise}") from None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write to a temporary file, then rename it: nobody ever sees half a file."""
+def write_atomically(path: Path, *pieces: bytes | memoryview) -> None:
+    """Write to a temporary file, then rename it: nobody ever sees half a file, not even after a loss of power."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
+    try:
+        with temporary.open("wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:  # the disk may be full
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, path)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the name, too
+        os.close(folder)
+
+
+def drop_half_line(path: Path) -> None:
+    """Cut off what follows the last line break of a log: a process that was killed may have left half a line."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
 
 
 # ===================================================== 3  DATA ========================================================
@@ -1952,6 +2249,8 @@ class Optimizer:
         betas = (h.beta1, h.beta2)
         self.adamw = torch.optim.AdamW(adamw_groups, betas=betas, eps=h.adam_eps, fused=rt.device.type != "mps")
         self.replicated = [p for group in adamw_groups for p in group["params"]]
+        zeros = [torch.zeros_like(p) for p in self.replicated]
+        self.set_adamw_state(zeros, [z.clone() for z in zeros], num_steps=0)
 
     def _muon_group(
         self, rows: int, cols: int, lr: float, weight_decay: float, parameters: list[nn.Parameter]
@@ -1961,6 +2260,34 @@ class Optimizer:
         wide = [p for p in parameters if p.size(0) == rows]
         tall = [p for p in parameters if p.size(0) != rows]
         return MuonGroup(wide, tall, momentum, lr, weight_decay)
+
+    def set_adamw_state(self, means: list[Tensor], squares: list[Tensor], num_steps: int) -> None:
+        """Set AdamW's running means of the gradients and of their squares, in the order of `replicated`."""
+        content = self.adamw.state_dict()
+        for i, (mean, square) in enumerate(zip(means, squares)):
+            step = torch.tensor(float(num_steps))
+            content["state"][i] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+        self.adamw.load_state_dict(content)
+
+    def state(self) -> list[Tensor]:
+        """Return the state of both optimizers, whole, whatever the number of processes, which all have to call this:
+        the momenta of each Muon group in the order of its parameters, then AdamW's means and squares."""
+        momenta = []
+        for group in self.muon_groups:
+            whole = self.rt.all_gather(group.momentum)()
+            momenta.append(whole[: len(group.wide) + len(group.tall)])
+        states = [self.adamw.state[p] for p in self.replicated]
+        return momenta + [state["exp_avg"] for state in states] + [state["exp_avg_sq"] for state in states]
+
+    def load_state(self, tensors: list[Tensor], num_steps: int) -> None:
+        """Take over what `state` returned after `num_steps` steps, perhaps of another number of processes."""
+        num_groups, num_replicated = len(self.muon_groups), len(self.replicated)
+        for group, whole in zip(self.muon_groups, tensors):
+            part_size = len(group.momentum)
+            part = whole[self.rt.rank * part_size : (self.rt.rank + 1) * part_size]
+            group.momentum[: len(part)] = part
+        means, squares = tensors[num_groups : num_groups + num_replicated], tensors[num_groups + num_replicated :]
+        self.set_adamw_state(means, squares, num_steps)
 
     def reduce(self) -> tuple[list[Tensor], Tensor]:
         """Average the gradients over the processes. Return this rank's part of each Muon group, and the joint norm."""
@@ -2118,7 +2445,7 @@ def build_run(h: Hyperparameters, rt: Runtime, decoded: GPT | None = None) -> Ru
         raise UserError(f"EVAL_ATTN_WINDOW={h.eval_attn_window} is smaller than {least}: use that or more")
     val = load_validation_tokens(h)
     shards = []
-    if h.trains:
+    if h.first_stage in ("train", "calibrate"):
         shards = load_shards(h, "train")
         batch_plan(h, rt)  # raises now what training would raise later
         training_budget(h)
@@ -2151,11 +2478,13 @@ class Trainer:
         self.swa = [torch.zeros_like(p) for p in self.parameters] if run.h.swa_enabled else []
         self.num_snapshots = 0  # that `swa` is the sum of
         self.num_steps = 0  # taken so far
+        self.num_segments = 1  # that took them: more, if the run was stopped and went on
         self.started = 0.0  # start of the clock, pauses excluded
         self.elapsed = 0.0  # seconds on rank 0's clock after the last step
         self.settled = 0.0  # `elapsed` after the second step: the first two pay for caches
         self.step_seconds = 0.0  # mean duration of a step
         self.last_line = 0.0  # `elapsed` at the last log line
+        self.stop_signal = 0  # that all ranks know of
 
     def step(self, lr_scale: float, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Train on the micro-batches and return the mean loss over them and the processes, on the device."""
@@ -2212,13 +2541,34 @@ class Trainer:
             line += "; WARNING: no SWA snapshot was taken, see SWA_EVERY"
         return line
 
+    NUMBERS = ("num_steps", "num_segments", "num_snapshots", "elapsed", "settled", "step_seconds", "last_line")
+
+    def state(self) -> tuple[dict[str, Any], list[Tensor]]:
+        """Return all that the next steps depend on: numbers, and tensors, whole, which every rank has to help with."""
+        numbers = {name: getattr(self, name) for name in self.NUMBERS}
+        numbers["random"] = self.run.rt.random_state()
+        weights = [p.detach() for p in self.parameters]
+        return numbers, [*weights, *self.ema, *self.swa, *self.optimizer.state()]
+
+    @torch.no_grad()
+    def load_state(self, numbers: dict[str, Any], tensors: list[Tensor]) -> None:
+        """Take over what `state` returned."""
+        for name in self.NUMBERS:
+            setattr(self, name, numbers[name])
+        self.run.rt.set_random_state(numbers["random"])
+        own = [*self.parameters, *self.ema, *self.swa]
+        device = self.run.rt.device
+        tensors = [tensor.to(device) for tensor in tensors]
+        torch._foreach_copy_(own, tensors[: len(own)])
+        self.optimizer.load_state(tensors[len(own) :], self.num_steps)
+
     def start_clock(self) -> None:
         """Start the clock, or resume it at `elapsed`."""
         self.started = self.run.rt.now() - self.elapsed
 
     def tick(self) -> None:
-        """Read the clock after a step. All ranks take rank 0's reading."""
-        self.elapsed = self.run.rt.broadcast_from_rank0(time.perf_counter() - self.started)
+        """Read the clock after a step, and whether a signal has come. All ranks take rank 0's readings."""
+        self.elapsed, self.stop_signal = self.run.rt.readings(self.started)
         if self.num_steps <= 2:
             self.settled = self.elapsed
             self.step_seconds = self.elapsed / self.num_steps
@@ -2237,13 +2587,13 @@ class Trainer:
         step_seconds = self.step_seconds if self.num_steps > 2 else 0.0
         return learning_rate_scale(self.run.h, self.num_steps, self.elapsed, step_seconds)
 
-    def check_and_log(self, loss: float, lr_scale: float) -> None:
-        """Log the step of `loss`, if a line is due. Raise UserError if the loss is not finite."""
+    def check_and_log(self, loss: float | None, lr_scale: float) -> None:
+        """Log the step of `loss`, if there is one and a line is due. Raise UserError if it is not finite."""
         h, rt = self.run.h, self.run.rt
         step = self.num_steps - rt.lag
         if self.num_steps == 4 and lr_scale < 1 and h.warmdown_iters:
             rt.log(f"WARNING: WARMDOWN_ITERS={h.warmdown_iters} steps do not fit into this run: use WARMDOWN_FRAC")
-        if step == 0:
+        if loss is None:
             return
         if not math.isfinite(loss):
             raise UserError(f"train_loss is {loss} at step {step}: lower MATRIX_LR={h.matrix_lr} or another rate")
@@ -2276,12 +2626,119 @@ class Trainer:
         self.started += rt.now() - paused
 
 
+class Checkpoints:
+    """Keeps the last two states of a training in the run's folder.
+
+    A thread writes them, from a copy on the host: a step waits for the copy alone. They have the form of an artifact,
+    with a checksum, and are parsed and never executed. Rank 0 has the files; others get its bytes.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.h = trainer.run.h
+        self.rt = trainer.run.rt
+        self.saved = 0.0  # the training's `elapsed` at the last one
+        self.copies: list[Tensor] = []  # rank 0's, of the trainer's state
+        self.pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.writing: concurrent.futures.Future | None = None
+        _, tensors = trainer.state()
+        if self.rt.rank == 0:
+            pin = self.rt.device.type == "cuda"
+            self.copies = [torch.empty_like(tensor, device="cpu", pin_memory=pin) for tensor in tensors]
+        self.rt.lifeline.on_leaving = self.wait
+
+    def restore(self) -> None:
+        """Go on from the newest checkpoint in the run's folder, if there is one."""
+        blob = self.rt.on_rank0(self._read_newest)
+        if not blob:
+            return
+        header, tensors = parse(blob, "the checkpoint")
+        self.trainer.load_state(header["training"], list(tensors.values()))
+        self.saved = self.trainer.elapsed
+        self.trainer.num_segments += self.trainer.may_step()
+        where = f"step {self.trainer.num_steps}, {self.trainer.elapsed:.1f}s of training"
+        self.rt.log(f"resumed: from the checkpoint after {where}")
+        self.rt.record("resumed", step=self.trainer.num_steps, seconds=self.trainer.elapsed)
+
+    def _paths(self) -> list[Path]:
+        """Return the checkpoints, oldest first."""
+        found = {}
+        for path in self.rt.run_dir.glob("checkpoint-*.bin"):
+            step = path.stem.partition("-")[2]
+            if step.isdecimal():
+                found[int(step)] = path
+        return [found[step] for step in sorted(found)]
+
+    def _read_newest(self) -> bytes:
+        for path in reversed(self._paths()):
+            try:
+                blob = path.read_bytes()
+                parse(blob, str(path))
+                return blob
+            except (UserError, OSError) as error:
+                self.rt.log(f"WARNING: {error}; the checkpoint before it is taken, if there is one")
+        return b""
+
+    def after_step(self) -> None:
+        """Save the state every CHECKPOINT_EVERY seconds. Where a signal has come, save it and raise Stopped."""
+        trainer = self.trainer
+        if trainer.stop_signal:
+            self.save()
+            self.wait()
+            raise Stopped(trainer.stop_signal)
+        if self.h.checkpoint_every and trainer.elapsed - self.saved >= self.h.checkpoint_every:
+            self.save()
+
+    def save(self) -> None:
+        """Copy the state, which is then written by the thread."""
+        start = time.perf_counter()
+        self.saved = self.trainer.elapsed
+        numbers, tensors = self.trainer.state()
+        if self.rt.rank != 0:
+            return
+        self.wait()  # for the one before, whose copies are taken again
+        for copied, tensor in zip(self.copies, tensors):
+            copied.copy_(tensor, non_blocking=True)
+        arrived = self.rt.mark()
+        waited = time.perf_counter() - start
+        self.writing = self.pool.submit(self._write, numbers, arrived, waited)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written."""
+        if self.writing is not None:
+            self.writing.result()
+
+    def _write(self, numbers: dict[str, Any], arrived: Callable[[], None], waited: float) -> None:
+        rt, step = self.rt, numbers["num_steps"]
+        start = time.perf_counter()
+        arrived()
+        tensors = [Stored(str(i), 32, copied, None) for i, copied in enumerate(self.copies)]
+        pieces = frame(self.h, tensors, 0.0, "none", training=numbers)
+        try:
+            write_atomically(rt.run_dir / f"checkpoint-{step}.bin", *pieces)
+            for old in self._paths()[:-2]:
+                old.unlink()
+        except OSError as error:
+            rt.warn(f"the checkpoint after step {step} was not written ({error}): the training goes on without it")
+            return
+        seconds, size = time.perf_counter() - start, sum(map(len, pieces))
+        times = f"written in {seconds:.2f}s, for which the steps waited {1000 * waited:.1f}ms"
+        rt.log(f"checkpoint: after step {step}, {size:,} bytes {times}")
+        rt.record("checkpoint", step=step, bytes=size, seconds=seconds, waited_seconds=waited)
+
+
 def train(run: Run) -> dict[str, Any]:
-    """Train the model, leave the averaged weights in it, and return the training's stats."""
+    """Train the model, leave the averaged weights in it, and return the training's stats.
+
+    Where the run's folder has a checkpoint, the training goes on from there.
+    """
     h, rt = run.h, run.rt
     trainer = Trainer(run)
+    checkpoints = Checkpoints(trainer)
+    checkpoints.restore()
     loader = TokenLoader(h, rt, run.train_shards, trainer.num_steps)
     trainer.start_clock()
+    rt.finishes_steps = True
     while trainer.may_step():
         lr_scale = trainer.lr_scale()
         loss = trainer.step(lr_scale, loader.next_batch())
@@ -2289,15 +2746,21 @@ def train(run: Run) -> dict[str, Any]:
         trainer.tick()
         trainer.check_and_log(lagged_loss, lr_scale)
         trainer.validate_if_due()
+        checkpoints.after_step()
+    rt.finishes_steps = False
     seconds = rt.broadcast_from_rank0(rt.now() - trainer.started)
     steps = trainer.num_steps
     step_avg_ms = 1000 * seconds / steps
     epochs = steps * h.train_batch_tokens / loader.num_tokens
+    checkpoints.save()
     rt.log(f"trained: steps:{steps} train_time:{1000 * seconds:.0f}ms step_avg:{step_avg_ms:.2f}ms epochs:{epochs:.4f}")
     log_score(rt, "raw", eval_val(run))
     rt.log(trainer.apply_average())
     log_score(rt, "averaged", eval_val(run))
-    return {"steps": steps, "train_seconds": seconds, "step_avg_ms": step_avg_ms, "epochs": epochs}
+    checkpoints.wait()
+    write_checkpoint(run)
+    times = {"train_seconds": seconds, "step_avg_ms": step_avg_ms}
+    return {"steps": steps, "train_segments": trainer.num_segments, **times, "epochs": epochs}
 
 
 def calibrate(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -2496,7 +2959,7 @@ def pick_kernels(run: Run) -> None:
 def limit_rows(run: Run) -> None:
     """With MICRO_BATCH_TOKENS=auto, limit the sequences of a pass to what should fit into the GPU."""
     h, rt = run.h, run.rt
-    if h.micro_batch_tokens != "auto" or rt.device.type != "cuda":
+    if h.micro_batch_tokens != "auto" or rt.device.type != "cuda" or rt.keeps_rows:
         return
     # Beside the weights there will be gradients and their sum, momenta, two averages, and an update in progress.
     state = 6 * 4 * sum(p.numel() for p in run.model.parameters())
@@ -2531,8 +2994,9 @@ def preflight(run: Run) -> float:
     trainer = None
     if h.trains:
         trainer = _preflight_training(run)
+    if h.first_stage in ("train", "calibrate"):
         run = run._replace(calibrated=_preflight_calibration(run))
-    if not h.eval_only and rt.rank == 0:
+    if h.first_stage != "score" and rt.rank == 0:
         weights = dict(run.model.named_parameters())
         quantized = quantize_weights(prepare_weights(run, weights, h.prune_frac), quant_floor=1.0)
         decode(encode(h, quantized, 1.0, h.compressor), "the preflight's file")
@@ -2828,30 +3292,50 @@ LZMA = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA2, "preset
 DIGEST_END = 20  # magic and digest; the digest is of all bytes from here on
 
 
-def encode(h: Hyperparameters, tensors: Iterable[Stored], quant_floor: float, codec: str) -> bytes:
-    """Return a whole file of the tensors, compressed with `codec`."""
+def frame(h: Hyperparameters, tensors: Iterable[Stored], quant_floor: float, codec: str, **extra: Any) -> list[Any]:
+    """Return a whole file of the tensors in pieces, compressed with `codec`. Its header has the fields `extra`, too."""
     entries, codes, rest = [], [], []
     for name, bits, values, scales in tensors:
         entries.append((name, bits, list(values.shape)))
-        raw = values.cpu().numpy().tobytes()
         if bits < 16:
-            codes.append(raw)
-            rest.append(scales.cpu().numpy().tobytes())
+            codes.append(raw_bytes(values))
+            rest.append(raw_bytes(scales))
         else:
-            rest.append(raw)
-    header = json.dumps({"model": h.values(ModelKnob), "floor": quant_floor, "tensors": entries}).encode()
-    payload = b"".join((struct.pack("<I", len(header)), header, *codes, *rest))
-    body = payload
+            rest.append(raw_bytes(values))
+    fields = {"model": h.values(ModelKnob), "floor": quant_floor, **extra, "tensors": entries}
+    header = json.dumps(fields).encode()
+    body = [struct.pack("<I", len(header)), header, *codes, *rest]
+    length = sum(map(len, body))
     if codec == "zstd":
-        body = require("zstandard", "or set COMPRESSOR=lzma").ZstdCompressor(level=22).compress(payload)
+        compressor = require("zstandard", "or set COMPRESSOR=lzma").ZstdCompressor(level=22)
+        body = [compressor.compress(b"".join(body))]
     elif codec == "lzma":
-        body = lzma.compress(payload, **LZMA)
-    covered = PREFIX.pack(MAGIC, b"", VERSION, CODECS[codec], len(payload))[DIGEST_END:] + body
-    return MAGIC + hashlib.sha256(covered).digest()[:16] + covered
+        body = [lzma.compress(b"".join(body), **LZMA)]
+    covered = [PREFIX.pack(MAGIC, b"", VERSION, CODECS[codec], length)[DIGEST_END:], *body]
+    digest = hashlib.sha256()
+    for piece in covered:
+        digest.update(piece)
+    return [MAGIC, digest.digest()[:16], *covered]
+
+
+def raw_bytes(tensor: Tensor) -> np.ndarray:
+    """Return the bytes of a tensor's values in their order, without a copy where they lie in it already."""
+    return np.ascontiguousarray(tensor.cpu().numpy()).reshape(-1).view(np.uint8)
+
+
+def encode(h: Hyperparameters, tensors: Iterable[Stored], quant_floor: float, codec: str) -> bytes:
+    """Return a whole file of the tensors, compressed with `codec`."""
+    return b"".join(frame(h, tensors, quant_floor, codec))
 
 
 def decode(blob: bytes, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the model's knobs, and its weights in fp32 by name. The bytes are only parsed, never executed.
+    """Return the model's knobs, and its weights in fp32 by name, from an artifact. See `parse`."""
+    header, weights = parse(blob, source)
+    return header["model"], weights
+
+
+def parse(blob: bytes, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the header of a file, and its tensors in fp32 by name. The bytes are only parsed, never executed.
 
     Raise UserError that names `source` if they are not a complete, undamaged file of this format.
     """
@@ -2880,7 +3364,7 @@ def _decompress(body: bytes, codec: int, length: int) -> bytes:
 
 
 def _parse_payload(payload: bytes, length: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return knobs and weights. Raise whatever the parsers raise, and ValueError if bytes are missing or left over."""
+    """Return header and tensors. Raise whatever the parsers raise, and ValueError if bytes are missing or left over."""
     offset = 4 + struct.unpack_from("<I", payload)[0]
     header = json.loads(payload[4:offset])
 
@@ -2906,18 +3390,21 @@ def _parse_payload(payload: bytes, length: int) -> tuple[dict[str, Any], dict[st
             weights[name] = take(kind, math.prod(shape)).view(shape)
     if not offset == len(payload) == length:
         raise ValueError(f"{len(payload)} bytes, of which {offset} are described and {length} declared")
-    return dict(header["model"]), weights
+    header["model"] = dict(header["model"])
+    return header, weights
 
 
-def load_artifact(path: str | Path) -> tuple[Hyperparameters, GPT]:
+def load_artifact(path: str | Path, blob: bytes | None = None) -> tuple[Hyperparameters, GPT]:
     """Return settings and model, rebuilt from the file alone. Model settings come from the file, all others from the
     environment.
 
     A model setting that the file is too old to have takes its `absent` value; `h.assumed` lists those. Raise UserError
-    if the environment contradicts the file, or its tensors are not those of the model that it describes.
+    if the environment contradicts the file, or its tensors are not those of the model that it describes. With `blob`,
+    the file's bytes, the path is only their name.
     """
-    path = find_path(path, "artifact")
-    blob = path.read_bytes() if path.is_file() else b""
+    if blob is None:
+        path = find_path(path, "artifact")
+        blob = path.read_bytes() if path.is_file() else b""
     knobs, weights = decode(blob, str(path))
     own = Hyperparameters.knobs(ModelKnob)
     unknown = sorted(map(str, knobs.keys() - own.keys()))
@@ -2948,14 +3435,22 @@ def load_artifact(path: str | Path) -> tuple[Hyperparameters, GPT]:
 def reload(run: Run, path: Path) -> dict[str, Any]:
     """Replace the model's weights by those in the file, and return the file's stats. Nothing else is scored."""
     start = run.rt.now()
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    _, decoded = load_artifact(path)
+    blob = run.rt.on_rank0(path.read_bytes)
+    sha256 = hashlib.sha256(blob).hexdigest()
+    _, decoded = load_artifact(path, blob)
     run.model.load_state_dict(decoded.state_dict())
-    return {"bytes_model": path.stat().st_size, "artifact_sha256": sha256, "load_seconds": run.rt.now() - start}
+    return {"bytes_model": len(blob), "artifact_sha256": sha256, "load_seconds": run.rt.now() - start}
+
+
+def write_checkpoint(run: Run) -> None:
+    """Write the trained weights, averaged and exact, into checkpoint.bin, from which EXPORT_ONLY and RESUME go on."""
+    if run.rt.rank == 0:
+        exact = [Stored(name, 32, w.detach(), None) for name, w in run.model.named_parameters()]
+        write_atomically(run.rt.run_dir / "checkpoint.bin", *frame(run.h, exact, 0.0, "none"))
 
 
 def export(run: Run) -> dict[str, Any]:
-    """Write checkpoint.bin, then final_model.bin, and return the export's stats. Raise UserError over the limit."""
+    """Write final_model.bin and return the export's stats. Raise UserError over the limit."""
     h, rt = run.h, run.rt
     if CALIBRATIONS and not run.calibrated:
         rt.log("WARNING: EXPORT_ONLY has no training shards, so no calibration was run")
@@ -2963,11 +3458,8 @@ def export(run: Run) -> dict[str, Any]:
     weights = dict(run.model.named_parameters())
     if not all(w.half().isfinite().all() for w in weights.values()):  # some are stored in fp16
         raise UserError(f"the trained weights are not finite: lower MATRIX_LR={h.matrix_lr}; nothing was exported")
-    checkpoint = rt.run_dir / "checkpoint.bin"
     size, quant_floor = 0, 0.0
     if rt.rank == 0:
-        exact = (Stored(name, 32, w.detach(), None) for name, w in weights.items())
-        write_atomically(checkpoint, encode(h, exact, 0.0, "none"))
         blob, quant_floor = fit_artifact(run, weights)
         size = len(blob)
         write_atomically(rt.run_dir / "final_model.bin", blob)
@@ -2977,6 +3469,7 @@ def export(run: Run) -> dict[str, Any]:
     sizes = f"model {size:,} + code {len(run.code):,} ({code_form(run.code)}) = {total:,} bytes"
     rt.log(f"artifact: {sizes} of {h.size_limit:,}, floor {quant_floor:.5f}")
     if total > h.size_limit:
+        checkpoint = h.export_only or rt.run_dir / "checkpoint.bin"
         fix = f"set QUANT_FLOOR=auto or fewer bits, and EXPORT_ONLY={checkpoint} to go on from the trained weights"
         raise UserError(f"code + model are {total:,} bytes, over SIZE_LIMIT={h.size_limit:,}: {fix}")
     return {"quant_floor": quant_floor, "export_seconds": time.perf_counter() - start}
@@ -3449,6 +3942,8 @@ def rule_breaks(kind: str, score: Score, stats: dict[str, Any], total_bytes: int
         breaks["size"] = f"code + model are over {SIZE_LIMIT_BYTES:,} bytes"
     if "train_seconds" not in stats:
         breaks["train"] = "this run did not train"
+    elif stats.get("train_segments", 1) > 1:
+        breaks["train"] = f"it trained in {stats['train_segments']} segments, and a record does in one"
     elif stats["train_seconds"] + stats.get("calibration_seconds", 0.0) > TRAIN_LIMIT_SECONDS:
         breaks["train"] = f"training and calibration took over {TRAIN_LIMIT_SECONDS:.0f} s"
     if stats["eval_seconds"] > EVAL_LIMIT_SECONDS:
@@ -3481,6 +3976,208 @@ def report(run: Run, score: Score, stats: dict[str, Any]) -> None:
     times = f"eval_time:{1000 * stats['eval_seconds']:.0f}ms"
     rest = f"bytes:{score.num_bytes} {times} total_bytes:{total_bytes} compliant:{int(not breaks)}"
     rt.log(f"final_exact {exact} {rest}")
+
+
+# Settings that may change while a run is stopped: where things are, and how often there are lines and checkpoints.
+FREE_SETTINGS = {"run_id", "resume", "checkpoint_every", "data_path", "tokenizer_path", "train_log_every"}
+
+
+class Journal:
+    """What a run needs to go on after it was stopped: journal.json in its folder, of which rank 0 sends the bytes.
+
+    "settings", "data" and "code_sha256" must be the same again. "plan" has what the first preflight chose, "stages" the
+    stats of those that are complete, "segments" the processes that have worked on the run, one after the other.
+    """
+
+    def __init__(self, h: Hyperparameters, rt: Runtime):
+        """Find the run that goes on, and the stage where it does, or choose the folder of a new one."""
+        self.h = h
+        self.rt = rt
+        found = json.loads(rt.on_rank0(lambda: json.dumps(find_run(h)).encode()))
+        self.folder = Path(found["folder"])
+        self.is_new = found["is_new"]
+        self.last_written = found["last_written"]
+        self.content = {"launch": launch_name(), "stages": {}, "segments": []} | found["journal"]
+        stages = self.content["stages"]
+        if "train" in stages:
+            h.first_stage = "calibrate"
+        if "export" in stages:
+            h.first_stage = "score"
+        plan = self.content.get("plan")
+        if plan:
+            rt.dtype = getattr(torch, plan["dtype"])
+
+    def trained_model(self) -> GPT | None:
+        """Return the model of a run that is trained already, on rank 0, from which the others get it."""
+        if self.h.first_stage != "calibrate" or self.rt.rank != 0:
+            return None
+        return load_artifact(self.folder / "checkpoint.bin")[1]
+
+    def begin(self, run: Run) -> None:
+        """Open the folder and begin a segment. Raise UserError where what goes on is another run."""
+        h, rt = self.h, self.rt
+        data = {"validation targets": run.val.num_targets, "validation bytes": run.val.num_bytes}
+        if run.train_shards:
+            data["training tokens"] = sum(map(len, run.train_shards))
+        settings = {name: value for name, value in h.values().items() if name not in FREE_SETTINGS}
+        now = {"settings": settings, "data": data, "code_sha256": hashlib.sha256(run.code).hexdigest()}
+        differences = self._differences(now)
+        if differences:
+            raise UserError(f"{self.folder} was another run, so it cannot go on: {'; '.join(differences)}")
+        if self.is_new:
+            self.folder = Path(rt.on_rank0(self._make_folder).decode())
+        rt.open_log(self.folder)
+        self.content = now | self.content
+        plan = self.content.get("plan")
+        if plan:
+            h.ttt_epochs = plan["ttt_epochs"]
+            if plan["processes"] == rt.world_size:
+                rt.max_rows |= plan["sequences_per_pass"]
+                rt.keeps_rows = True
+        self._begin_segment()
+
+    def _differences(self, now: dict[str, Any]) -> list[str]:
+        """Return what is not as it was, item by item."""
+        before = self.content
+        if "settings" not in before:
+            return []
+        differences = []
+        for name, value in now["settings"].items():
+            old = before["settings"].get(name, "unknown")
+            if old != value:
+                differences.append(f"{name.upper()} was {old} and is {value}")
+        for name, value in now["data"].items():
+            old = before["data"].get(name, value)
+            if old != value:
+                differences.append(f"{name} were {old:,} and are {value:,}")
+        if before["code_sha256"] != now["code_sha256"]:
+            differences.append(f"the script was the one that is now {self.folder / 'train_gpt.py'}")
+        return differences
+
+    def _make_folder(self) -> bytes:
+        """Make the new run's folder, and return its name. A time that another run has begun at gets a number."""
+        folder, number = self.folder, 1
+        folder.parent.mkdir(exist_ok=True)
+        while True:
+            try:
+                folder.mkdir()
+                return str(folder).encode()
+            except FileExistsError:
+                if self.h.run_id:
+                    fix = "choose another RUN_ID, move it away, or go on with it by RESUME=1"
+                    raise UserError(f"{folder} exists already: {fix}") from None
+            number += 1
+            folder = self.folder.with_name(f"{self.folder.name}-{number}")
+
+    def _begin_segment(self) -> None:
+        rt, segments = self.rt, self.content["segments"]
+        if segments:
+            last = segments[-1]
+            last["seconds"] = self.last_written - datetime.fromisoformat(last["begun"]).timestamp()
+            number = len(segments) + 1
+            rt.log(
+                f"---- stopped {last['seconds']:.0f}s after {last['begun']}; segment {number} of this run begins ----"
+            )
+            rt.record("segment", number=number, stage=self.h.first_stage)
+        begun = datetime.now().astimezone().isoformat(timespec="seconds")
+        segments.append({"begun": begun, "stage": self.h.first_stage, "processes": rt.world_size, "seconds": None})
+        self._write()
+
+    def _write(self) -> None:
+        if self.rt.rank == 0:
+            content = json.dumps(self.content, indent=2) + "\n"
+            write_atomically(self.folder / "journal.json", content.encode())
+
+    def keep_plan(self) -> None:
+        """Keep what the preflight has chosen, so that the run goes on with the same arithmetic."""
+        rt = self.rt
+        dtype = str(rt.dtype).removeprefix("torch.")
+        plan = {"dtype": dtype, "processes": rt.world_size, "sequences_per_pass": rt.max_rows}
+        self.content["plan"] = plan | {"ttt_epochs": self.h.ttt_epochs}
+        self._write()
+
+    def stats(self) -> dict[str, Any]:
+        """Return the stats of all stages that are complete."""
+        stats = {}
+        for of_stage in self.content["stages"].values():
+            stats |= of_stage
+        return stats
+
+    def complete(self, stage: str, stats: dict[str, Any]) -> dict[str, Any]:
+        """Note that a stage is complete, so that no later segment does it again. Return its stats."""
+        self.content["stages"][stage] = stats
+        self._write()
+        if stage == "train" and self.rt.rank == 0:
+            for path in self.folder.glob("checkpoint-*.bin"):
+                path.unlink()  # checkpoint.bin has the outcome
+        return stats
+
+    def segments(self) -> list[dict[str, Any]]:
+        """Return the segments so far, with the wall-clock seconds of each."""
+        segments = self.content["segments"]
+        last = segments[-1]
+        last["seconds"] = time.time() - datetime.fromisoformat(last["begun"]).timestamp()
+        return segments
+
+
+def launch_name() -> str:
+    """Return what names the command that this process is of, after a restart by it, too."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.getppid()}"
+
+
+def find_run(h: Hyperparameters) -> dict[str, Any]:
+    """Return the folder of the run, whether it is new, what its journal says, and when its log was written last.
+
+    A run goes on by RESUME, or where its launcher has restarted it (torchrun, SLURM). Raise UserError where the run
+    that is to go on is not there, or is finished.
+    """
+    logs = Path("logs")
+    restarts = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+    folder = None
+    if h.resume:
+        folder = Path(h.resume)
+        if h.resume == "1":
+            folder = logs / h.run_id
+        if not folder.is_dir():
+            raise UserError(
+                f"RESUME={h.resume} finds no run in {folder}: check RUN_ID, or leave RESUME out to begin it"
+            )
+        if (folder / "submission.json").exists():
+            raise UserError(f"the run in {folder} is finished: EVAL_ONLY={folder}/final_model.bin scores it again")
+    elif any(count != "0" for count in restarts):
+        folder = find_restarted(h)
+    if folder is None:
+        folder = logs / (h.run_id or f"{datetime.now():%Y%m%d-%H%M%S}")
+        if h.run_id and folder.exists():
+            fix = "choose another RUN_ID, move it away, or go on with it by RESUME=1"
+            raise UserError(f"{folder} exists already: {fix}")
+        return {"folder": str(folder), "is_new": True, "journal": {}, "last_written": 0.0}
+    last_written = max((path.stat().st_mtime for path in folder.glob("train.log")), default=0.0)
+    for unfinished in folder.glob("*.tmp"):
+        unfinished.unlink()
+    return {"folder": str(folder), "is_new": False, "journal": read_journal(folder), "last_written": last_written}
+
+
+def find_restarted(h: Hyperparameters) -> Path | None:
+    """Return the folder of the run that this command began before it was restarted, if that is not finished."""
+    logs = Path("logs")
+    candidates = [logs / h.run_id]
+    if not h.run_id:
+        candidates = [path for path in logs.glob("*") if read_journal(path).get("launch") == launch_name()]
+    unfinished = [path for path in candidates if path.is_dir() and not (path / "submission.json").exists()]
+    return max(unfinished, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def read_journal(folder: Path) -> dict[str, Any]:
+    """Return what the journal in a folder says, or nothing where there is none: then nothing was kept so far."""
+    path = folder / "journal.json"
+    if not path.exists():
+        return {}
+    try:
+        journal = json.loads(path.read_bytes())
+        return {name: journal[name] for name in journal}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is no journal of a run ({error!r}): begin the run again") from None
 
 
 def smoke(h: Hyperparameters) -> None:
@@ -3528,32 +4225,40 @@ def main() -> None:
     source = h.eval_only or h.export_only
     if source:
         h, decoded = load_artifact(source)
-    rt = Runtime(h)
-    run = build_run(apply_manifest(h), rt, decoded)
-    rt.open_log(h.run_id)
-    write_code(run)
-    banner(run)
-    stats = {"preflight_seconds": preflight(run)}
-    plan_evaluation(run)
-    learned = {}
-    if h.trains:
-        stats |= train(run)
-        learned, calibration_stats = calibrate(run)
-        stats |= calibration_stats
-    run = run._replace(train_shards=[], calibrated=learned)  # from here on, nothing can read the training shards
-    artifact = rt.run_dir / "final_model.bin"
-    if h.eval_only:
-        artifact = find_path(source, "EVAL_ONLY")
-    else:
-        stats |= export(run)
-    stats |= reload(run, artifact)
-    score, stats["eval_seconds"] = evaluate(run)
-    report(run, score, stats)
-    rt.close()
+    h = apply_manifest(h)
+    with Runtime(h) as rt:
+        journal = Journal(h, rt)
+        run = build_run(h, rt, decoded or journal.trained_model())
+        journal.begin(run)
+        write_code(run)
+        banner(run)
+        stats = journal.stats() | {"preflight_seconds": preflight(run)}
+        plan_evaluation(run)
+        journal.keep_plan()
+        learned = {}
+        if h.first_stage == "train":
+            stats |= journal.complete("train", train(run))
+        if h.first_stage in ("train", "calibrate"):
+            learned, calibration_stats = calibrate(run)
+            stats |= journal.complete("calibrate", calibration_stats)
+        run = run._replace(train_shards=[], calibrated=learned)  # from here on, nothing can read the training shards
+        artifact = rt.run_dir / "final_model.bin"
+        if h.eval_only:
+            artifact = find_path(source, "EVAL_ONLY")
+        elif h.first_stage != "score":
+            stats |= journal.complete("export", export(run))
+        stats |= reload(run, artifact)
+        score, stats["eval_seconds"] = evaluate(run)
+        stats["segments"] = journal.segments()
+        report(run, score, stats)
 
 
 if __name__ == "__main__":
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun then shows the traceback of the first process that failed
+        main = importlib.import_module("torch.distributed.elastic.multiprocessing.errors").record(main)
     try:
         main()
     except UserError as error:
         sys.exit(f"train_gpt.py: error: {error}")
+    except Stopped as stopped:
+        sys.exit(128 + stopped.number)

@@ -78,13 +78,13 @@ def tiny() -> Callable[..., t.Hyperparameters]:
 
 
 @pytest.fixture
-def make_run(tiny: Callable[..., t.Hyperparameters]) -> Callable[..., t.Run]:
+def make_run(tiny: Callable[..., t.Hyperparameters], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., t.Run]:
     """A run of a tiny model on one process with random text, made awake: zero-initialised matrices become random."""
 
     def make(num_targets: int = 200, awake: bool = True, **overrides: object) -> t.Run:
         h = tiny(**overrides)
         rt = t.Runtime(h)
-        rt.run_dir = Path()
+        rt.run_dir = tmp_path_factory.mktemp("run")
         torch.manual_seed(1)
         tokens = torch.randint(h.vocab_size, (num_targets + 1,), dtype=torch.int32)
         model = t.GPT(h)

@@ -19,6 +19,7 @@ SCORE = t.Score(val_loss=2.0, val_bpb=1.2, num_targets=200, num_bytes=151_060_00
 FIGURES = {
     "bytes_model": 1000,
     "train_seconds": 10.0,
+    "train_segments": 1,
     "eval_seconds": 2.0,
     "load_seconds": 3.0,
     "preflight_seconds": 4.0,
@@ -32,7 +33,7 @@ def reported(make_run: Callable[..., t.Run], tmp_path: Path, monkeypatch: pytest
 
     def report(figures: dict | None = None, score: t.Score = SCORE, **settings: object) -> dict:
         run = make_run(**settings)
-        run.rt.open_log(f"run-{len(list(tmp_path.glob('logs/*')))}")
+        run.rt.open_log(Path(f"logs/run-{len(list(tmp_path.glob('logs/*')))}"))
         t.write_code(run)
         t.banner(run)
         known = {name: value for name, value in {**FIGURES, **(figures or {})}.items() if value is not None}
@@ -77,6 +78,7 @@ def test_the_final_line_has_one_form_for_every_kind_of_score(reported: Callable,
         ({}, {"train_seconds": None}, "train", "this run did not train"),
         ({}, {"bytes_model": 16_000_000}, "size", "over 16,000,000 bytes"),
         ({}, {"train_seconds": 600.1}, "train", "training and calibration took over 600 s"),
+        ({}, {"train_segments": 2}, "train", "it trained in 2 segments, and a record does in one"),
         ({}, {"eval_seconds": 600.1}, "eval", "scoring took over 600 s"),
     ],
 )

@@ -65,7 +65,7 @@ def trained(once: Callable, corpus: SimpleNamespace) -> SimpleNamespace:
 def test_a_run_learns_and_leaves_everything_in_its_folder(trained: SimpleNamespace) -> None:
     files = {path.name for path in trained.folder.iterdir()}
     expected = {"train.log", "metrics.jsonl", "checkpoint.bin", "final_model.bin", "submission.json"}
-    expected |= {"train_gpt.py", "train_gpt_readable.py"}
+    expected |= {"journal.json", "train_gpt.py", "train_gpt_readable.py"}
     assert files == expected
     source = t.CODE.read_bytes()
     assert (trained.folder / "train_gpt_readable.py").read_bytes() == source
@@ -112,9 +112,9 @@ def test_a_size_over_the_limit_is_an_error_from_which_the_checkpoint_leads_on(
     limit = trained.result["bytes_code"] + trained.result["bytes_model"] - 20_000
     over = run_script(EXPORT_ONLY=checkpoint, SIZE_LIMIT=limit, QUANT_FLOOR=0, RUN_ID="over", **SMALL)
     assert over.returncode != 0
-    for part in ("bytes, over SIZE_LIMIT=", "QUANT_FLOOR=auto", "EXPORT_ONLY=logs/over/checkpoint.bin"):
+    for part in ("bytes, over SIZE_LIMIT=", "QUANT_FLOOR=auto", f"EXPORT_ONLY={checkpoint}"):
         assert part in over.stderr
-    fitted = run_script(EXPORT_ONLY="logs/over/checkpoint.bin", SIZE_LIMIT=limit, RUN_ID="fitted", **SMALL)
+    fitted = run_script(EXPORT_ONLY=checkpoint, SIZE_LIMIT=limit, RUN_ID="fitted", **SMALL)
     assert fitted.returncode == 0, fitted.stderr
     result = read_run(tmp_path / "logs" / "fitted").result
     assert limit - 20_000 < result["bytes_total"] <= limit and result["quant_floor"] > 0

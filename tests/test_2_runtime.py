@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
-import re
 import subprocess
 import sys
 import textwrap
@@ -259,7 +257,7 @@ def test_what_is_compiled_is_timed_and_named_and_after_the_preflight_a_warning(
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="aot_eager", **options))
     monkeypatch.setattr(t, "SLOW_COMPILE_SECONDS", 0.0)
     rt = runtime(compile="1")
-    rt.open_log("")
+    rt.open_log(Path("logs/compiled"))
     handler = sys.modules["torch._dynamo.callback"].callback_handler
 
     def double(x: torch.Tensor) -> torch.Tensor:
@@ -449,7 +447,7 @@ def test_the_host_waits_for_the_number_before_the_last_only(runtime: Callable, m
     rt = runtime()
     rt.lag = 1
     numbers = [rt.lagged_item(torch.tensor(float(step))) for step in range(4)]
-    assert math.isnan(numbers[0]) and numbers[1:] == [0.0, 1.0, 2.0]
+    assert numbers == [None, 0.0, 1.0, 2.0]
     assert recorded == [0, 1, 2, 3] and waited == [0, 1, 2]
 
 
@@ -535,13 +533,14 @@ RANK_SCRIPT = """
     if rank:
         real = time.time
         time.time = lambda: real() + 3600  # a clock that is wrong, as on another machine
-    rt.open_log("")
+    journal = t.Journal(t.Hyperparameters(**tiny), rt)
+    rt.open_log(journal.folder)
     result["run_dir"] = str(rt.run_dir)
     rt.log(f"said by {rank}")
     rt.record("event", by=rank)
+    result["from_rank0"] = rt.on_rank0(lambda: bytes([rank, 7])).hex() + rt.on_rank0(bytes).hex()
     try:
-        rt.broadcast_from_rank0(0)  # rank 0 has made its folder
-        rt.open_log(rt.run_dir.name)
+        rt.on_rank0(lambda: t.find_run(t.Hyperparameters(**tiny, run_id=rt.run_dir.name)))
     except t.UserError as error:
         result["refused"] = str(error)
     torch.optim.AdamW([torch.nn.Parameter(x)])  # imports parts of torch that bind the process group if it exists
@@ -594,6 +593,7 @@ def test_collectives_of_two_processes_sum_scatter_gather_and_agree(two_ranks: Si
         assert result["all_gather_transposed"] == np.concatenate([part.T for part in parts]).tolist()
         assert result["int64"] == [2**41 + 1]
         assert result["broadcast_from_rank0"] == 0.1  # rank 0's, in float64
+        assert result["from_rank0"] == "0007"
         assert result["least"] == 2.3 - 1
         assert result["fits"] == [True, False]  # what is too much for one is for all
         assert result["seed"] == t.Hyperparameters.seed
@@ -641,7 +641,7 @@ def test_a_run_has_a_folder_with_its_log_and_its_metrics(runtime: Callable, caps
     rt = runtime()
     rt.log("before the folder")
     rt.record("before", value=1)
-    rt.open_log("first")
+    rt.open_log(Path("logs/first"))
     rt.log("step:1/2 a — line")
     rt.record("eval", stage="raw", val_bpb=1.25)
     assert rt.run_dir == Path("logs/first")
@@ -651,29 +651,6 @@ def test_a_run_has_a_folder_with_its_log_and_its_metrics(runtime: Callable, caps
     lines = [json.loads(line) for line in (rt.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"event": "eval", "stage": "raw", "val_bpb": 1.25}]
     assert capsys.readouterr().out == "before the folder\nstep:1/2 a — line\n"
-
-
-def test_a_run_without_an_id_is_named_by_the_time_of_its_start(
-    runtime: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rt = runtime()
-    monkeypatch.setattr("time.time", lambda: 1_700_000_000.9)
-    rt.open_log("")
-    expected = t.datetime.fromtimestamp(1_700_000_000).strftime("%Y%m%d-%H%M%S")
-    assert rt.run_dir == Path("logs", expected) and re.fullmatch(r"2023111[45]-\d{6}", expected)
-
-
-def test_a_run_that_is_there_is_refused_and_left_as_it_is(runtime: Callable) -> None:
-    first = runtime()
-    first.open_log("same")
-    first.log("precious")
-    (first.run_dir / "final_model.bin").write_bytes(b"precious too")
-    before = {path: path.read_bytes() for path in Path("logs").rglob("*.*")}
-    second = runtime()
-    with pytest.raises(t.UserError, match=r"logs/same exists already: .*RUN_ID"):
-        second.open_log("same")
-    second.log("must not be kept in the other run's log")
-    assert {path: path.read_bytes() for path in Path("logs").rglob("*.*")} == before and len(before) == 3
 
 
 class Interrupted(BaseException):
@@ -686,15 +663,14 @@ def test_a_file_is_the_old_one_or_all_of_the_new_one(
 ) -> None:
     path, old, new = tmp_path / "final_model.bin", b"old" * 100, b"new" * 5000
     path.write_bytes(old)
-    write, replace = Path.write_bytes, os.replace
+    fsync, replace = os.fsync, os.replace
     seen = []
 
-    def write_half(self: Path, data: bytes) -> int:
-        write(self, data[: len(data) // 2] if moment == "writing" else data)
+    def sync(number: int) -> None:
         seen.append(path.read_bytes())
         if moment == "writing":
             raise Interrupted
-        return len(data)
+        fsync(number)
 
     def refuse(source: Any, target: Any) -> None:
         seen.append(path.read_bytes())
@@ -703,16 +679,16 @@ def test_a_file_is_the_old_one_or_all_of_the_new_one(
             raise Interrupted
         replace(source, target)
 
-    monkeypatch.setattr(Path, "write_bytes", write_half)
+    monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "replace", refuse)
     if moment == "never":
-        t.write_atomically(path, new)
+        t.write_atomically(path, new[:7], new[7:])
         assert path.read_bytes() == new and list(tmp_path.iterdir()) == [path]
     else:
         with pytest.raises(Interrupted):
             t.write_atomically(path, new)
         assert path.read_bytes() == old
-    assert seen and set(seen) == {old}  # at no moment was there anything else under its name
+    assert seen[0] == old and set(seen[:2]) == {old}  # at no moment before it is whole and on the disk
 
 
 @pytest.fixture

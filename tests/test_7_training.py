@@ -489,7 +489,7 @@ def test_every_rank_takes_the_learning_rate_from_the_clock_of_rank_0(
     """This rank's own clock says milliseconds; rank 0's says that each step took ten seconds."""
     run = make_run(max_wallclock_seconds=100.0, val_loss_every=0)
     seconds, scales, step = iter(range(10, 10_000, 10)), [], t.Trainer.step
-    monkeypatch.setattr(run.rt, "broadcast_from_rank0", lambda number: float(next(seconds)))
+    monkeypatch.setattr(run.rt, "readings", lambda started: (float(next(seconds)), 0))
 
     def spy(self: t.Trainer, lr_scale: float, batch: list) -> torch.Tensor:
         scales.append(lr_scale)
@@ -535,7 +535,7 @@ def test_a_slow_first_step_does_not_lower_the_learning_rate(
     """The published mean had it: 0.69 of the rate at step 1."""
     run = make_run(max_wallclock_seconds=100.0, warmdown_iters=50, val_loss_every=0)
     clock, scales, step = iter([30.0, 30.5, *(30.5 + 0.5 * i for i in range(1, 1000))]), [], t.Trainer.step
-    monkeypatch.setattr(run.rt, "broadcast_from_rank0", lambda number: next(clock))
+    monkeypatch.setattr(run.rt, "readings", lambda started: (next(clock), 0))
 
     def spy(self: t.Trainer, lr_scale: float, batch: list) -> torch.Tensor:
         scales.append(lr_scale)
