@@ -4175,7 +4175,7 @@ def read_journal(folder: Path) -> dict[str, Any]:
         return {}
     try:
         journal = json.loads(path.read_bytes())
-        return {name: journal[name] for name in journal}
+        return {"stages": {}} | journal
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no journal of a run ({error!r}): begin the run again") from None
 

@@ -77,6 +77,7 @@ class Case:
         t.pick_kernels(self.run)
         self.trainer = t.Trainer(self.run)
         t.fit_training(self.trainer)
+        self.checkpoints = t.Checkpoints(self.trainer)
         self.loader = t.TokenLoader(h, rt, [tokens])
         self.batch = self.loader.next_batch()
         self.num_micro_batches = len(self.batch)
@@ -121,6 +122,14 @@ class Case:
         loss = self.trainer.step(0.0, self.loader.next_batch())
         self.rt.lagged_item(loss)
 
+    def prepare_checkpoint(self) -> None:
+        """Waits until the last checkpoint is written."""
+        self.checkpoints.wait()
+
+    def checkpoint(self) -> None:
+        """The copy of the training's state, for which a step waits; the writing goes on beside the next steps."""
+        self.checkpoints.save()
+
     # ----------------------------------------------------------------------------------------- scoring and export
     def score(self) -> None:
         """A batch of sliding windows with all its work on the host."""
@@ -146,12 +155,17 @@ class Case:
 
 # Stage -> the methods that are timed, in order; method -> another one that comes before it, untimed.
 STAGES = {
-    "step": ("forward", "forward_backward", "optimizer", "averages", "load_batch", "step"),
+    "step": ("forward", "forward_backward", "optimizer", "averages", "load_batch", "step", "checkpoint"),
     "score": ("score",),
     "adapt": ("adapt",),
     "export": ("quantize", "compress", "reload"),
 }
-PREPARE = {"optimizer": "prepare_optimizer", "load_batch": "prepare_loader", "step": "prepare_loader"}
+PREPARE = {
+    "optimizer": "prepare_optimizer",
+    "load_batch": "prepare_loader",
+    "step": "prepare_loader",
+    "checkpoint": "prepare_checkpoint",
+}
 MAX_SECONDS = 8.0  # for the samples of a figure, of which there are at least three
 
 
@@ -200,6 +214,7 @@ def figures(case: Case, milliseconds: dict[str, float]) -> dict[str, float]:
         rows["everything else, ms"] = milliseconds["step"] - parts
         rows["whole step, ms"] = milliseconds["step"]
         rows["tokens/s, all processes"] = h.train_batch_tokens / milliseconds["step"] * 1000
+        rows["checkpoint, ms that a step waits"] = milliseconds["checkpoint"]
         name = torch.cuda.get_device_name() if rt.device.type == "cuda" else ""
         peak = next((value for part, value in PEAK_TFLOPS.items() if part in name), None)
         achieved = training_flops(h, case.run.model) * own_tokens / milliseconds["step"] / 1e9

@@ -1,0 +1,397 @@
+"""A run that was stopped goes on: the state of a training, the journal, and what finds and refuses a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt as t
+
+EVERYTHING = {"swa_enabled": True, "swa_every": 1, "swa_start_frac": 1.0, "iterations": 7, "max_wallclock_seconds": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+# ------------------------------------------------------------------------------------------ the state of a training
+def train(run: t.Run, stop_after: int = 0) -> tuple[dict[int, float], dict | None]:
+    """Trains, and returns the losses by step, and the stats, or None where a signal came during step `stop_after`."""
+    losses, step = {}, t.Trainer.step
+    readings = run.rt.readings
+
+    def read(started: float) -> tuple[float, int]:
+        return readings(started)[0], signal.SIGTERM if len(losses) == stop_after else 0
+
+    def spy(self: t.Trainer, lr_scale: float, batch: list) -> torch.Tensor:
+        loss = step(self, lr_scale, batch)
+        losses[self.num_steps] = loss.item()
+        return loss
+
+    run.rt.readings = read
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t.Trainer, "step", spy)
+        try:
+            return losses, t.train(run)
+        except t.Stopped as stopped:
+            assert stopped.number == signal.SIGTERM and stop_after
+            return losses, None
+
+
+@pytest.mark.parametrize("settings", [{}, {"ema_enabled": False}, {"value_residual": True, "loader": "sequential"}])
+@pytest.mark.parametrize("stop_after", [1, 4, 7])
+def test_a_training_that_was_stopped_goes_on_to_the_last_bit(
+    make_run: Callable, settings: dict, stop_after: int
+) -> None:
+    whole = make_run(**EVERYTHING, **settings)
+    expected, _ = train(whole)
+    first, second = make_run(**EVERYTHING, **settings), make_run(**EVERYTHING, **settings)
+    second.rt.run_dir = first.rt.run_dir
+    before, stats = train(first, stop_after)
+    assert stats is None
+    torch.manual_seed(99)
+    after, stats = train(second)
+    assert sorted(before) + sorted(after) == sorted(expected) and before | after == expected
+    assert stats["steps"] == 7 and stats["train_segments"] == 1 + (stop_after < 7)
+    for one, other in zip(whole.model.parameters(), second.model.parameters()):
+        assert torch.equal(one, other)
+    names = ("checkpoint.bin",)
+    assert [(whole.rt.run_dir / n).read_bytes() for n in names] == [(second.rt.run_dir / n).read_bytes() for n in names]
+
+
+def test_the_clock_goes_on_from_what_was_spent(make_run: Callable) -> None:
+    first, second = make_run(**EVERYTHING), make_run(**EVERYTHING)
+    second.rt.run_dir = first.rt.run_dir
+    clock = iter([10.0, 11.0, 12.0])
+    first.rt.readings = lambda started: (next(clock), 0)
+    with pytest.raises(StopIteration):
+        train_with_checkpoints(first)
+    trainer = t.Trainer(second)
+    t.Checkpoints(trainer).restore()
+    assert (trainer.num_steps, trainer.elapsed, trainer.settled, trainer.step_seconds) == (3, 12.0, 11.0, 1.0)
+    trainer.start_clock()
+    trainer.tick()
+    assert 12.0 <= trainer.elapsed < 13.0
+
+
+def train_with_checkpoints(run: t.Run) -> None:
+    """Trains with a checkpoint after every step."""
+    run.h.checkpoint_every = 1e-9
+    t.train(run)
+
+
+def test_random_numbers_go_on_where_they_were(make_run: Callable) -> None:
+    first, second = make_run(), make_run()
+    second.rt.run_dir = first.rt.run_dir
+    trainer = t.Trainer(first)
+    checkpoints = t.Checkpoints(trainer)
+    checkpoints.save()
+    checkpoints.wait()
+    expected = torch.rand(5)
+    torch.rand(100)
+    t.Checkpoints(t.Trainer(second)).restore()
+    assert torch.equal(torch.rand(5), expected)
+
+
+def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over_aloud(
+    make_run: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    run = make_run(**EVERYTHING)
+    train(run)
+    whole = (run.rt.run_dir / "checkpoint.bin").read_bytes()
+    first, second = make_run(**EVERYTHING), make_run(**EVERYTHING)
+    first.h.checkpoint_every = 1e-9
+    train(first, stop_after=5)
+    folder = second.rt.run_dir = first.rt.run_dir
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-4.bin", "checkpoint-5.bin"]
+    newest = folder / "checkpoint-5.bin"
+    blob = bytearray(newest.read_bytes())
+    blob[len(blob) // 2] ^= 1
+    newest.write_bytes(blob)
+    (folder / "checkpoint-x.bin").write_bytes(b"not one of ours")
+    capsys.readouterr()
+    losses, _ = train(second)
+    said = capsys.readouterr().out
+    assert "WARNING" in said and "checkpoint-5.bin is truncated or damaged" in said
+    assert sorted(losses) == [5, 6, 7] and (folder / "checkpoint.bin").read_bytes() == whole
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_leaves_no_half_file(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run = make_run(**EVERYTHING, checkpoint_every=1e-9)
+    fsync = os.fsync
+    full = [True] * 3
+
+    def sync(number: int) -> None:
+        if full and full.pop():
+            raise OSError(28, "No space left on device")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    _, stats = train(run)
+    said = capsys.readouterr().out
+    assert said.count("WARNING: the checkpoint after step") == 3 and "No space left on device" in said
+    assert stats["steps"] == 7 and not list(run.rt.run_dir.glob("*.tmp"))
+
+
+def test_a_step_waits_for_the_copy_and_not_for_the_disk(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run()
+    checkpoints = t.Checkpoints(t.Trainer(run))
+    may_write, writes = threading.Event(), []
+
+    def write(path: Path, *pieces: bytes) -> None:
+        assert may_write.wait(60)
+        writes.append(path.name)
+
+    monkeypatch.setattr(t, "write_atomically", write)
+    checkpoints.save()
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.zero_()  # the next step
+    assert not writes and all(copied.any() for copied in checkpoints.copies[:3])
+    may_write.set()
+    checkpoints.wait()
+    assert writes == ["checkpoint-0.bin"]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_a_state_is_whole_and_taken_over_by_any_number_of_processes(make_run: Callable, world_size: int) -> None:
+    run = make_run(**EVERYTHING)
+    trainer = t.Trainer(run)
+    for _ in range(2):
+        trainer.step(1.0, t.random_batch(run))
+    numbers, tensors = trainer.state()
+    parts = []
+    for rank in range(world_size):
+        run.rt.rank, run.rt.world_size = rank, world_size
+        other = t.Trainer(run)
+        other.load_state(numbers, [tensor.clone() for tensor in tensors])
+        parts.append(other.optimizer)
+    run.rt.rank, run.rt.world_size = 0, 1
+    for index, group in enumerate(trainer.optimizer.muon_groups):
+        joined = torch.cat([optimizer.muon_groups[index].momentum for optimizer in parts])
+        assert torch.equal(joined[: len(group.momentum)], group.momentum) and group.momentum.any()
+        assert not joined[len(group.momentum) :].any()  # padding
+    for parameter in trainer.optimizer.replicated:
+        own = trainer.optimizer.adamw.state[parameter]
+        for optimizer in parts:
+            theirs = optimizer.adamw.state[parameter]
+            assert own["step"] == theirs["step"] == 2
+            assert all(torch.equal(own[name], theirs[name]) for name in ("exp_avg", "exp_avg_sq"))
+
+
+# -------------------------------------------------------------------------------------------------------- the journal
+def begin(make_run: Callable, **settings: object) -> tuple[t.Run, t.Journal]:
+    """Begins a run, or a segment of it, as `main` does."""
+    run = make_run(**settings)
+    journal = t.Journal(run.h, run.rt)
+    journal.begin(run)
+    return run, journal
+
+
+def end(run: t.Run) -> None:
+    """Ends the process of a run, as far as files are concerned."""
+    for file in run.rt.files:
+        file.close()
+
+
+def test_each_difference_to_what_the_run_was_is_named(make_run: Callable) -> None:
+    run, journal = begin(make_run, run_id="a")
+    end(run)
+    changed = {"matrix_lr": 0.02, "ttt_epochs": 5, "train_log_every": 7}
+    other = make_run(run_id="a", resume="1", num_targets=201, **changed)
+    journal = t.Journal(other.h, other.rt)
+    with pytest.raises(t.UserError) as caught:
+        journal.begin(other._replace(code=b"another script", train_shards=[]))
+    message = str(caught.value)
+    for part in (
+        "MATRIX_LR was 0.027 and is 0.02",
+        "TTT_EPOCHS was 3 and is 5",
+        "validation targets were 200 and are 201",
+        "the script was the one that is now logs/a/train_gpt.py",
+    ):
+        assert part in message
+    assert "TRAIN_LOG_EVERY" not in message and "training tokens" not in message
+    segments = json.loads(Path("logs/a/journal.json").read_text())["segments"]
+    assert len(segments) == 1  # what is refused leaves no trace
+
+
+def test_segments_have_their_wall_clock_and_the_log_shows_the_break(make_run: Callable) -> None:
+    run, _ = begin(make_run, run_id="a")
+    run.rt.log("step:1")
+    end(run)
+    log = Path("logs/a/train.log")
+    log.write_text(log.read_text() + "step:2\nstep:3 train_lo")  # killed while it wrote
+    begun = t.datetime.fromisoformat(json.loads(Path("logs/a/journal.json").read_text())["segments"][0]["begun"])
+    os.utime(log, (0, begun.timestamp() + 100))
+    run, journal = begin(make_run, run_id="a", resume="1")
+    lines = log.read_text().splitlines()
+    assert lines[:2] == ["step:1", "step:2"] and "stopped 100s after" in lines[2] and "segment 2" in lines[2]
+    first, second = journal.segments()
+    assert first["seconds"] == 100 and 0 <= second["seconds"] < 60 and second["processes"] == 1
+
+
+def test_a_run_goes_on_after_its_last_complete_stage(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(t, "load_artifact", lambda path: (None, path))
+    stats = {"steps": 5, "train_seconds": 1 / 3}
+    for complete, stage in (([], "train"), (["train"], "calibrate"), (["train", "calibrate", "export"], "score")):
+        name = f"run{len(complete)}"
+        run, journal = begin(make_run, run_id=name)
+        t.write_checkpoint(run)
+        for done in complete:
+            journal.complete(done, stats)
+        end(run)
+        run = make_run(run_id=name, resume="1")
+        journal = t.Journal(run.h, run.rt)
+        assert run.h.first_stage == stage and run.h.trains == (stage == "train")
+        assert journal.stats() == (stats if complete else {})
+        model = journal.trained_model()
+        assert (model is not None) == (stage == "calibrate")
+
+
+def test_the_arithmetic_that_was_chosen_is_chosen_again(make_run: Callable) -> None:
+    run, journal = begin(make_run, run_id="a", ttt_epochs="auto")
+    run.rt.dtype, run.rt.max_rows, run.h.ttt_epochs = torch.bfloat16, {"training": 3, "scoring": 5}, 7
+    journal.keep_plan()
+    end(run)
+    run, _ = begin(make_run, run_id="a", ttt_epochs="auto", resume="1")
+    assert run.rt.dtype == torch.bfloat16 and run.rt.keeps_rows and run.h.ttt_epochs == 7
+    assert run.rt.max_rows["training"] == 3 and run.rt.max_rows["scoring"] == 5
+    end(run)
+    path = Path("logs/a/journal.json")
+    path.write_text(path.read_text().replace('"processes": 1', '"processes": 2'))
+    run, _ = begin(make_run, run_id="a", ttt_epochs="auto", resume="1")
+    assert run.rt.max_rows["training"] != 3 and not run.rt.keeps_rows  # another number has another plan
+    assert run.rt.dtype == torch.bfloat16 and run.h.ttt_epochs == 7
+
+
+def test_what_cannot_go_on_is_said_with_the_fix(make_run: Callable, tiny: Callable) -> None:
+    with pytest.raises(t.UserError, match=r"RESUME=1 .*RUN_ID"):
+        tiny(resume="1")
+    with pytest.raises(t.UserError, match="RESUME is for runs that train"):
+        tiny(resume="1", run_id="a", eval_only="x")
+    with pytest.raises(t.UserError, match=r"no run in logs/b: check RUN_ID"):
+        t.find_run(tiny(resume="1", run_id="b"))
+    run, _ = begin(make_run, run_id="a")
+    with pytest.raises(t.UserError, match=r"logs/a exists already: .*RESUME=1"):
+        t.find_run(tiny(run_id="a"))
+    with pytest.raises(t.UserError, match="another process is at work in logs/a"):
+        begin(make_run, run_id="a", resume="1")
+    end(run)
+    (run.rt.run_dir / "submission.json").write_text("{}")
+    with pytest.raises(t.UserError, match=r"logs/a is finished: EVAL_ONLY="):
+        t.find_run(tiny(run_id="a", resume="1"))
+    for text in ("[1]", "{", "5", "[" * 100_000):
+        Path("logs/a/journal.json").write_text(text)
+        with pytest.raises(t.UserError, match="is no journal of a run"):
+            t.read_journal(Path("logs/a"))
+
+
+def test_a_folder_of_a_run_can_be_named_itself(make_run: Callable) -> None:
+    run, _ = begin(make_run, run_id="a")
+    end(run)
+    Path("logs/a").rename("elsewhere")
+    run, _ = begin(make_run, resume="elsewhere")
+    assert run.rt.run_dir == Path("elsewhere")
+
+
+def test_runs_without_an_id_have_names_of_their_own_though_they_begin_at_once(make_run: Callable) -> None:
+    runs = [begin(make_run)[0] for _ in range(3)]
+    assert len({run.rt.run_dir for run in runs}) == 3
+
+
+def test_of_two_runs_with_one_id_at_once_one_is_refused(make_run: Callable) -> None:
+    runs = [make_run(run_id="a") for _ in range(2)]
+    journals = [t.Journal(run.h, run.rt) for run in runs]  # neither finds the other's folder
+    journals[0].begin(runs[0])
+    with pytest.raises(t.UserError, match="logs/a exists already"):
+        journals[1].begin(runs[1])
+
+
+@pytest.mark.parametrize("launcher", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+@pytest.mark.parametrize("run_id", ["a", ""])
+def test_a_launcher_that_restarts_a_run_lets_it_go_on(
+    make_run: Callable, tiny: Callable, monkeypatch: pytest.MonkeyPatch, launcher: str, run_id: str
+) -> None:
+    monkeypatch.setenv(launcher, "0")
+    run, _ = begin(make_run, run_id=run_id)
+    end(run)
+    monkeypatch.setenv(launcher, "1")
+    found = t.find_run(tiny(run_id=run_id))
+    assert (found["folder"], found["is_new"]) == (str(run.rt.run_dir), False)
+    (run.rt.run_dir / "submission.json").write_text("{}")
+    if run_id:
+        with pytest.raises(t.UserError, match="exists already"):
+            t.find_run(tiny(run_id=run_id))
+    else:
+        assert t.find_run(tiny())["is_new"]
+        monkeypatch.setattr(t, "launch_name", lambda: "another command")
+        (run.rt.run_dir / "submission.json").unlink()
+        assert t.find_run(tiny())["is_new"]
+
+
+def test_a_clock_that_is_set_back_harms_nothing(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make_run(**EVERYTHING)
+    expected, _ = train(whole)
+    real, ahead = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: real() - ahead[0])
+    first, journal = begin(make_run, run_id="a", **EVERYTHING)
+    before, _ = train(first, stop_after=3)
+    end(first)
+    ahead[0] = 1e6
+    second, journal = begin(make_run, run_id="a", resume="1", **EVERYTHING)
+    after, _ = train(second)
+    assert before | after == expected and journal.segments()[1]["stage"] == "train"
+
+
+# ------------------------------------------------------------------------------------------------------------ signals
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_waits_for_the_step_and_a_second_one_does_not(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    rt, number = make_run().rt, getattr(signal, name)
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail(f"left with {status}"))
+    try:
+        for n in before:
+            signal.signal(n, signal.SIG_DFL)
+        rt.catch_signals()
+        rt.finishes_steps = True
+        signal.raise_signal(number)
+        assert rt.stop_signal == number and rt.readings(0.0)[1] == number
+        clock[0] += 0.5
+        signal.raise_signal(number)  # torchrun repeats that of a terminal
+        clock[0] += 1.0
+        with pytest.raises(pytest.fail.Exception, match=f"left with {128 + number}"):
+            signal.raise_signal(number)
+        rt.finishes_steps, rt.stop_signal = False, 0
+        with pytest.raises(t.Stopped, match=name):
+            signal.raise_signal(number)
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(make_run: Callable) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    others = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        make_run().rt.catch_signals()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        for n, handler in {signal.SIGINT: before, **others}.items():
+            signal.signal(n, handler)
