@@ -84,10 +84,13 @@ bench-data: .venv/test ## measure encoding, opening of shards and shuffled loadi
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test: .venv/test ## run all tests: no network, no GPU
-	$(PYTEST)
+	$(PYTEST) -m "not faults"
+
+faults: .venv/test ## kill runs at random, cut off hosts, and compare what comes out: minutes
+	$(BIN)/python -m pytest -rP tests/test_faults.py
 
 test-fast: .venv/test ## run the tests of train_gpt.py's sections, without the slow ones: under a minute on two quiet cores
-	$(PYTEST) -m "not slow" tests/test_[0-9]*.py
+	$(PYTEST) -m "not slow and not faults" tests/test_[0-9]*.py
 
 lint: .venv/test ## check style and types
 	$(BIN)/ruff format --check .
@@ -96,4 +99,4 @@ lint: .venv/test ## check style and types
 clean: ## remove what these commands made, except logs/
 	rm -rf .venv data/datasets/demo_sp1024 data/tokenizers/demo_1024_bpe.model .pytest_cache .ruff_cache
 
-.PHONY: help setup demo data verify-data train fidelity audit report architecture submission-demo bench bench-data test test-fast lint clean
+.PHONY: help setup demo data verify-data train fidelity audit report architecture submission-demo bench bench-data test test-fast faults lint clean

@@ -174,6 +174,7 @@ class Auditor:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # must be set before CUDA is touched
         self.script, self.watch, self.text = script, Watch(), None
         self.scored, self.returned = [], None  # weights when scoring began; what it returned
+        self.num_segments = 1  # of the run, of which this process is the last
         for phase, function in script.STAGES.items():
             name = function.__name__
             setattr(script, name, self.staged(phase, getattr(script, name)))
@@ -211,6 +212,7 @@ class Auditor:
             elif phase == "score":
                 self.returned = result
             elif phase == "report":
+                self.num_segments = len(rest[1].get("segments", [0]))
                 self.prove(run, rest[1]["artifact_sha256"])
             return result
 
@@ -301,7 +303,7 @@ class Auditor:
         optional = {phase for phase in self.script.STAGES if phase not in STAGES}
         if not h.trains:
             optional |= {"train", "calibrate"}
-        if h.eval_only:
+        if h.first_stage == "score":
             optional.add("export")
         begun = self.watch.phases
         expected = [phase for phase in self.script.STAGES if phase not in optional or phase in begun]
@@ -312,14 +314,18 @@ class Auditor:
     def watched(self, rt: Any) -> dict[str, dict[str, Any]]:
         """Returns the proofs of the watch: this process's files and violations, and how many the others have."""
         files = {phase: sorted(paths) for phase, paths in self.watch.files.items()}
-        seen = "the whole run" if "train" in self.watch.phases else "loading and scoring, training was not watched"
+        phases = list(self.watch.phases)
+        seen = "the whole run" if "train" in phases else "loading and scoring, training was not watched"
+        if self.num_segments > 1:  # this process has not seen all of the training
+            phases = [phase for phase in phases if phase not in ("train", "calibrate")]
+            seen = f"the last of the run's {self.num_segments} segments"
         proofs = {}
         for name, kinds in (("files", ("files",)), ("network", ("network", "program"))):
             own = sorted({text for kind, text in self.watch.violations if kind in kinds})
             total = int(rt.all_reduce(torch.tensor(len(own))))
             says = f"{total} violations in {seen}" + "".join(f"; {text}" for text in own[:3])
             proofs[name] = {"passed": total == 0, "says": says, "violations": total, "own_violations": own}
-        proofs["files"] |= {"phases_watched": self.watch.phases, "shards_opened": files}
+        proofs["files"] |= {"phases_watched": phases, "shards_opened": files}
         return proofs
 
 

@@ -77,6 +77,8 @@ class ReportError(ValueError):
 # What an event must hold for this page: names of numbers, then names of values of another type.
 FIELDS: dict[str, tuple[str, dict[str, type | tuple[type, ...]]]] = {
     "config": ("seed train_batch_tokens", {"machine": str}),
+    "segment": ("number", {"stage": str}),
+    "resumed": ("step seconds", {}),
     "train": ("step train_loss seconds", {}),
     "eval": ("val_loss val_bpb seconds", {"stage": str}),
     "final": (
@@ -214,10 +216,18 @@ def read_run(folder: Path, name: str, index: int, alone: bool) -> Run:
         raise ReportError(f"{folder} has no metrics.jsonl: give the folder of a run, as logs/demo")
     events, notes = read_events(path)
     run = Run(name, index, alone, notes=notes)
+    before: list[dict[str, Any]] = []  # the steps of earlier segments, of which a checkpoint may have kept some
+    num_segments = 1
     for event in events:
         kind = event["event"]
-        if kind in ("config", "final"):
-            if getattr(run, kind):
+        if kind == "segment":
+            num_segments = event["number"]
+            if event["stage"] == "train":
+                before, run.train = run.train, []
+        elif kind == "resumed":
+            run.train = [step for step in before if step["step"] <= event["step"]]
+        elif kind in ("config", "final"):
+            if getattr(run, kind) and num_segments == 1:
                 raise ReportError(f"{path} has two {kind} events: it holds two runs, give each its own folder")
             setattr(run, kind, event)
         elif kind == "train":
@@ -226,6 +236,8 @@ def read_run(folder: Path, name: str, index: int, alone: bool) -> Run:
             run.scores[event["stage"]] = event
     if events and not run.config or "raw" in run.scores and not run.train:
         raise ReportError(f"{path} has no {'train' if run.config else 'config'} event: its first lines are missing")
+    if num_segments > 1:
+        notes.append(f"stopped and resumed: {num_segments} segments; steps that were taken twice are drawn once")
     note_missing(run, folder / "final_model.bin")
     read_audit(run, folder / "compliance.json")
     return run
