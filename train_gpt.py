@@ -533,6 +533,7 @@ class Runtime:
         self.stop_signal = 0  # the signal that has asked this run to end
         self.stop_time = 0.0
         self.finishes_steps = False  # a signal then waits for the end of the step
+        self.handlers = {}  # signal -> what took care of it before
         if self.device.type == "cpu":
             self._set_threads()
             keep_freed_memory()
@@ -905,7 +906,7 @@ class Runtime:
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
             number = getattr(signal, name, None)  # SIGUSR1 is not everywhere
             if number and signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._on_signal)
+                self.handlers[number] = signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _: Any) -> None:
         is_second = self.stop_signal != 0
@@ -927,8 +928,7 @@ class Runtime:
         """Leave the process group, or say why the run ends before its end."""
         if error is None:
             self.close()
-            return
-        if isinstance(error, Stopped):
+        elif isinstance(error, Stopped):
             self.lifeline.holds = False
             self.log(f"stopped by {error}{self.how_to_resume()}")
         elif not isinstance(error, UserError):
@@ -936,6 +936,8 @@ class Runtime:
                 time.sleep(1)  # if the cause is the end of another process, `lifeline` hears of it and ends this one
             self._keep_traceback(error)
         self.lifeline.holds = False
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def _keep_traceback(self, error: BaseException) -> None:
         """Write the traceback into a file of this rank's, which no launcher mixes with those of others."""
@@ -979,7 +981,7 @@ class Lifeline:
         self.rt = rt
         self.peers: dict[socket.socket, int] = {}  # connection -> the rank at its other end
         self.heard: dict[socket.socket, float] = {}  # when it was heard of last
-        self.on_leaving: Callable[[], None] = lambda: None  # what there is to finish before this process ends
+        self.on_leaving: Callable[[], None] | None = None  # what there is to finish before this process ends
         self.holds = True  # until this process ends by itself
         if rt.world_size > 1:
             self._connect()
@@ -1072,7 +1074,8 @@ class Lifeline:
             sys.exit()  # this thread
         line = f"rank {rank} of {self.rt.world_size} is gone ({why}), so all stop{self.rt.how_to_resume()}"
         self.rt.warn(line)
-        self.on_leaving()
+        if self.on_leaving is not None:
+            self.on_leaving()
         os._exit(1)
 
     def close(self) -> None:
@@ -2708,6 +2711,12 @@ class Checkpoints:
         if self.writing is not None:
             self.writing.result()
 
+    def close(self) -> None:
+        """Wait, and keep nothing: not the optimizer's state, nor the training shards."""
+        self.wait()
+        self.pool.shutdown()
+        self.rt.lifeline.on_leaving = None
+
     def _write(self, numbers: dict[str, Any], arrived: Callable[[], None], waited: float) -> None:
         rt, step = self.rt, numbers["num_steps"]
         start = time.perf_counter()
@@ -2757,7 +2766,7 @@ def train(run: Run) -> dict[str, Any]:
     log_score(rt, "raw", eval_val(run))
     rt.log(trainer.apply_average())
     log_score(rt, "averaged", eval_val(run))
-    checkpoints.wait()
+    checkpoints.close()
     write_checkpoint(run)
     times = {"train_seconds": seconds, "step_avg_ms": step_avg_ms}
     return {"steps": steps, "train_segments": trainer.num_segments, **times, "epochs": epochs}
@@ -4079,7 +4088,7 @@ class Journal:
                 f"---- stopped {last['seconds']:.0f}s after {last['begun']}; segment {number} of this run begins ----"
             )
             rt.record("segment", number=number, stage=self.h.first_stage)
-        begun = datetime.now().astimezone().isoformat(timespec="seconds")
+        begun = datetime.fromtimestamp(time.time()).astimezone().isoformat(timespec="seconds")
         segments.append({"begun": begun, "stage": self.h.first_stage, "processes": rt.world_size, "seconds": None})
         self._write()
 
@@ -4147,7 +4156,7 @@ def find_run(h: Hyperparameters) -> dict[str, Any]:
     elif any(count != "0" for count in restarts):
         folder = find_restarted(h)
     if folder is None:
-        folder = logs / (h.run_id or f"{datetime.now():%Y%m%d-%H%M%S}")
+        folder = logs / (h.run_id or f"{datetime.fromtimestamp(time.time()):%Y%m%d-%H%M%S}")
         if h.run_id and folder.exists():
             fix = "choose another RUN_ID, move it away, or go on with it by RESUME=1"
             raise UserError(f"{folder} exists already: {fix}")

@@ -74,6 +74,8 @@ TURNS: dict[str, tuple] = {
     "max_val_tokens": (0, 64, "text"),
     "eval_only": ("", "old.bin", "main text preflight banner"),
     "export_only": ("", "old.bin", "main text preflight banner"),
+    "resume": ("", "stopped", "main"),
+    "checkpoint_every": (120.0, 5.0, "loop"),
     "audit": (False, True, "main"),
     "smoke": (False, True, "main"),
     "iterations": (24, 20, "schedule loop banner"),
@@ -264,7 +266,8 @@ def stage_main(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any
     def fake(name: str, result: Callable) -> None:
         patch.setattr(t, name, lambda *args: (calls.append(name), result(*args))[1])
 
-    run = t.Run(h, None, None, None, None, ["shards"], None, b"")
+    val = SimpleNamespace(num_targets=1, num_bytes=1)
+    run = t.Run(h, None, None, None, None, ["shards"], val, b"")
     fake("build_run", lambda h, rt, decoded: (runs.append(rt), run._replace(h=h, rt=rt))[1])
     fake("load_artifact", lambda path: (calls.append(Path(path).name), (h, None))[1])
     fake("evaluate", lambda run: (calls.append(run.train_shards), (SCORE, 1.0))[1])
@@ -276,8 +279,9 @@ def stage_main(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any
     patch.setattr(sys, "path", list(sys.path))
     patch.setattr(t, "Hyperparameters", lambda: h)
     patch.setattr(t, "time", SimpleNamespace(time=lambda: 1e9, perf_counter=lambda: 0.0))
-    shutil.rmtree("logs", ignore_errors=True)
-    os.mkdir("logs")
+    for folder in ("logs", "stopped"):
+        shutil.rmtree(folder, ignore_errors=True)
+        os.mkdir(folder)
     t.main()
     for file in [file for rt in runs for file in rt.files]:
         file.close()
@@ -327,6 +331,14 @@ def stage_train(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, An
     patch.setattr(t, "Optimizer", lambda h, rt, model: SimpleNamespace(step=step))
     patch.setattr(t.Trainer, "update_averages", lambda *args: None)
     patch.setattr(t, "eval_val", lambda run: SCORE)
+    patch.setattr(t.Trainer, "state", lambda self: ({}, []))
+    patch.setattr(t.Checkpoints, "restore", lambda self: None)
+
+    def save(self: t.Checkpoints) -> None:
+        self.saved = self.trainer.elapsed
+        self.rt.record("checkpoint")
+
+    patch.setattr(t.Checkpoints, "save", save)
     run = make_run(h, mean_loss=lambda x, y: 0 * sum(p.sum() for p in run.model.parameters()))
     figures = t.train(run)
     events = [(event, {k: v for k, v in fields.items() if k != "lr_scale"}) for event, fields in run.rt.events]
