@@ -2,15 +2,16 @@
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py                   # the real thing: 600 s on 8 H100s
     python train_gpt.py                                                     # one GPU, an Apple GPU or a CPU
+    RESUME=1 RUN_ID=<run> python train_gpt.py                               # go on with a run that was stopped
     EVAL_ONLY=logs/<run>/final_model.bin TTT_EPOCHS=50 python train_gpt.py  # score a finished model again
 
 Every setting is an environment variable, declared in `Hyperparameters`. The file follows a token:
 
-    1 hyper-parameters  one line per setting         7 training    averages, preflight, the timed loop
+    1 hyper-parameters  one line per setting         7 training    averages, checkpoints, loop, preflight
     2 runtime           device, ranks, clock, log    8 artifact    weights -> codes and scales -> a 16 MB file
     3 data              shards -> (x, y)             9 scoring     sliding windows -> bits per byte
     4 model             tokens -> loss              10 adaptation  score-first test-time training (TTT)
-    5 parameter groups  how each tensor is treated  11 report      final line, metrics.jsonl, submission.json
+    5 parameter groups  how each tensor is treated  11 report      final line, submission.json, journal.json
     6 optimizer         reduce, clip, Muon, AdamW   12 main        the stages of a run, in order
 
 Shapes: B sequences, T positions, t last positions that are scored, D model width, H query heads, K key/value heads,
@@ -2656,7 +2657,10 @@ class Checkpoints:
         if not blob:
             return
         header, tensors = parse(blob, "the checkpoint")
-        self.trainer.load_state(header["training"], list(tensors.values()))
+        try:
+            self.trainer.load_state(header["training"], list(tensors.values()))
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise UserError(f"the newest checkpoint in {self.rt.run_dir} is of another training ({error!r})") from None
         self.saved = self.trainer.elapsed
         self.trainer.num_segments += self.trainer.may_step()
         where = f"step {self.trainer.num_steps}, {self.trainer.elapsed:.1f}s of training"
@@ -2688,6 +2692,7 @@ class Checkpoints:
         if trainer.stop_signal:
             self.save()
             self.wait()
+            self.rt.broadcast_from_rank0(0)  # the others wait for it, too: a rank that leaves takes all with it
             raise Stopped(trainer.stop_signal)
         if self.h.checkpoint_every and trainer.elapsed - self.saved >= self.h.checkpoint_every:
             self.save()
@@ -2728,7 +2733,7 @@ class Checkpoints:
             for old in self._paths()[:-2]:
                 old.unlink()
         except OSError as error:
-            rt.warn(f"the checkpoint after step {step} was not written ({error}): the training goes on without it")
+            rt.warn(f"the checkpoint after step {step} was not written ({error}); the one before it stays")
             return
         seconds, size = time.perf_counter() - start, sum(map(len, pieces))
         times = f"written in {seconds:.2f}s, for which the steps waited {1000 * waited:.1f}ms"
@@ -4271,3 +4276,5 @@ if __name__ == "__main__":
         sys.exit(f"train_gpt.py: error: {error}")
     except Stopped as stopped:
         sys.exit(128 + stopped.number)
+    except KeyboardInterrupt:
+        sys.exit("train_gpt.py: stopped before the run began")

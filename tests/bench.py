@@ -85,6 +85,7 @@ class Case:
         self.scorer = t.Scorer(self.run, val, h.stride)
         self.ttt = t.pick_ttt(self.run)
         self.adaptation_batch = self.ttt.batches(self.scorer.tokens, 0, min(h.ttt_chunk_tokens, val.num_targets))[0]
+        rt.log = lambda line: None  # each checkpoint has one
 
     # -------------------------------------------------------------------------------------------- stages of a step
     def forward(self) -> None:
@@ -351,6 +352,8 @@ def main() -> None:
             cases.append(Case(folder, **{**settings, **parse_setting(arguments.vs)}))
         stages = [stage for stage in arguments.stages if stage in STAGES]
         samples = measure(cases, stages, arguments.repeats)
+        for each in cases:
+            each.checkpoints.wait()
         medians = {name: statistics.median(values[0]) for name, values in samples.items()}
         rows = figures(case, medians)
         rows["peak memory, GiB"] = peak_memory(case.rt.device)

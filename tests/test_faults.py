@@ -223,7 +223,12 @@ def test_of_25_kills_at_random_moments_none_costs_a_run_or_a_bit(
 # ------------------------------------------------------------------------------------------------------------ signals
 @pytest.mark.parametrize(("num_processes", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_a_signal_ends_a_training_after_a_step_that_is_kept(
-    start: Callable, undisturbed: Callable, tmp_path: Path, num_processes: int, number: signal.Signals
+    start: Callable,
+    undisturbed: Callable,
+    tmp_path: Path,
+    interruptible: None,
+    num_processes: int,
+    number: signal.Signals,
 ) -> None:
     run = start(num_processes, RUN_ID="a", CHECKPOINT_EVERY=0)
     run.wait_for("step:12/")
