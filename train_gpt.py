@@ -902,8 +902,8 @@ class Runtime:
 
     def catch_signals(self) -> None:
         """Let SIGTERM, SIGINT and SIGUSR1 end this process with nothing lost: in training after the step, which is
-        kept, elsewhere at once. A second one ends it there and then, if it is not the same one, which launchers repeat
-        within a second."""
+        kept, elsewhere at once. A second one ends it there and then, unless it comes within a second: launchers repeat
+        that of a terminal."""
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
             number = getattr(signal, name, None)  # SIGUSR1 is not everywhere
             if number and signal.getsignal(number) is not signal.SIG_IGN:
@@ -915,11 +915,15 @@ class Runtime:
             os._exit(128 + number)
         if is_second:
             return
-        self.stop_signal = number
-        self.stop_time = time.monotonic()
+        self.note_signal(number)
         if not self.finishes_steps:
             raise Stopped(number)
         self.lifeline.tell_rank0(number)
+
+    def note_signal(self, number: int) -> None:
+        """Take note of a signal that has come to this process, or to another one, which has told it."""
+        self.stop_time = time.monotonic()
+        self.stop_signal = number
 
     def __enter__(self) -> Runtime:
         self.catch_signals()
@@ -1052,8 +1056,8 @@ class Lifeline:
         if BYE in message:
             del self.peers[connection]
         signals = [byte - 128 for byte in message if byte >= 128]
-        if signals:
-            self.rt.stop_signal = signals[0]
+        if signals and not self.rt.stop_signal:
+            self.rt.note_signal(signals[0])
         self.heard[connection] = time.monotonic()
 
     def _say(self, message: bytes) -> None:
