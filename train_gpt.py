@@ -81,7 +81,9 @@ RETIRED = {
     *"TRIGRAM_VOCAB_SIZE TRIGRAM_DIM".split(),
 }
 # Names, and first words of names, that unrelated programs use too (MAX_JOBS). Only near-misses of these are rejected.
-COMMON = set("COMPILE CUDA DATA DEVICE EXPORT MAX MICRO MODEL MODEL_DIR NUM NUM_THREADS PROJ RUN SEED SIZE".split())
+COMMON = set(
+    "CHECKPOINT COMPILE CUDA DATA DEVICE EXPORT MAX MICRO MODEL MODEL_DIR NUM NUM_THREADS PROJ RUN SEED SIZE".split()
+)
 
 
 class Knob:
@@ -1009,8 +1011,10 @@ class Lifeline:
         server.settimeout(60)
         while len(self.peers) < rt.world_size - 1:
             connection, _ = server.accept()
-            connection.settimeout(60)
-            greeting = connection.recv(len(password) + 4, socket.MSG_WAITALL)
+            connection.settimeout(5)
+            greeting = b""
+            with contextlib.suppress(OSError):  # strangers knock at any port
+                greeting = connection.recv(len(password) + 4, socket.MSG_WAITALL)
             if greeting[:-4] == password:
                 self.peers[connection] = struct.unpack("<I", greeting[-4:])[0]
         server.close()
@@ -4125,9 +4129,9 @@ class Journal:
         """Note that a stage is complete, so that no later segment does it again. Return its stats."""
         self.content["stages"][stage] = stats
         self._write()
-        if stage == "train" and self.rt.rank == 0:
+        if self.rt.rank == 0:  # checkpoint.bin has the outcome of the training
             for path in self.folder.glob("checkpoint-*.bin"):
-                path.unlink()  # checkpoint.bin has the outcome
+                path.unlink()
         return stats
 
     def segments(self) -> list[dict[str, Any]]:
