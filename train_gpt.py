@@ -1026,7 +1026,7 @@ class Lifeline:
             connection.setblocking(False)
             selector.register(connection, selectors.EVENT_READ)
         last_round = last_beat = -math.inf
-        while self.peers:
+        while self.peers and self.holds:
             ready = selector.select(HEARTBEAT_SECONDS)
             now = time.monotonic()
             if now - last_round > SILENCE_SECONDS / 2:
@@ -1042,6 +1042,7 @@ class Lifeline:
             for connection, rank in self.peers.items():
                 if now - self.heard[connection] > SILENCE_SECONDS:
                     self._leave(rank, f"nothing was heard of it for {SILENCE_SECONDS:.0f}s")
+                    return
 
     def _listen(self, connection: socket.socket) -> None:
         rank = self.peers[connection]
@@ -1051,12 +1052,15 @@ class Lifeline:
             return
         except OSError as error:
             self._leave(rank, str(error))
+            return
         if not message:
             self._leave(rank, "its connection is closed")
+            return
         if GONE in message:
             at = message.index(GONE) + 1
             (rank,) = struct.unpack("<I", message[at : at + 4])
             self._leave(rank, "rank 0 says so")
+            return
         if BYE in message:
             del self.peers[connection]
         signals = [byte - 128 for byte in message if byte >= 128]
@@ -1075,12 +1079,12 @@ class Lifeline:
             self._say(bytes([128 + number]))
 
     def _leave(self, rank: int, why: str) -> None:
-        """End this process, because that of `rank` is gone."""
+        """End this process, because that of `rank` is gone, unless it ends by itself."""
         if self.rt.rank == 0:
             self._say(GONE + struct.pack("<I", rank))
         time.sleep(0.5)  # for what goes wrong on all ranks, which have their own say then
         if not self.holds:
-            sys.exit()  # this thread
+            return
         line = f"rank {rank} of {self.rt.world_size} is gone ({why}), so all stop{self.rt.how_to_resume()}"
         self.rt.warn(line)
         if self.on_leaving is not None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
+import queue
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -395,3 +399,101 @@ def test_a_signal_that_is_ignored_stays_ignored(make_run: Callable) -> None:
     finally:
         for n, handler in {signal.SIGINT: before, **others}.items():
             signal.signal(n, handler)
+
+
+# ----------------------------------------------------------------------------------------------------------- lifeline
+@pytest.fixture
+def lifelines(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[t.Lifeline]]:
+    """Returns the lifelines of so many ranks, all in this process. One that would end its process notes why instead."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(t, "HEARTBEAT_SECONDS", 0.05)
+    made = []
+
+    def end(status: int) -> None:
+        for line in made:
+            line.holds = line.holds and not line.rt.said  # what has had its say is gone
+
+    monkeypatch.setattr(os, "_exit", end)
+
+    def make(world_size: int) -> list[t.Lifeline]:
+        ports: queue.Queue = queue.Queue()
+
+        def runtime(rank: int) -> SimpleNamespace:
+            def broadcast_from_rank0(port: float) -> float:
+                if rank == 0:
+                    knock(int(port))
+                    [ports.put(port) for _ in range(world_size - 1)]
+                    return port
+                return ports.get(timeout=30)
+
+            rt = SimpleNamespace(rank=rank, world_size=world_size, stop_signal=0, said=[], how_to_resume=lambda: "")
+            rt.broadcast_from_rank0, rt.on_rank0 = broadcast_from_rank0, lambda function: b"0123456789abcdef"
+            rt.warn = rt.said.append
+            rt.note_signal = lambda number: setattr(rt, "stop_signal", number)
+            return rt
+
+        with concurrent.futures.ThreadPoolExecutor(world_size) as pool:
+            made.extend(pool.map(lambda rank: t.Lifeline(runtime(rank)), range(world_size)))
+        return made[-world_size:]
+
+    return make
+
+
+def knock(port: int) -> None:
+    """Two strangers connect first: one says something, one hangs up."""
+    for message in (b"GET / HTTP/1.1\r\n\r\n  ", b""):
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(message)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_strangers_are_no_ranks_and_a_rank_that_is_gone_is_named_by_all(lifelines: Callable) -> None:
+    first, second, third = lifelines(3)
+    assert sorted(first.peers.values()) == [1, 2] and list(third.peers.values()) == [0]
+    (connection,) = second.peers
+    connection.shutdown(socket.SHUT_RDWR)  # rank 1 is killed
+    wait_until(lambda: bool(first.rt.said and third.rt.said))
+    assert first.rt.said[0].startswith("rank 1 of 3 is gone (its connection is closed)")
+    assert third.rt.said[0].startswith("rank 1 of 3 is gone (rank 0 says so)")
+
+
+def test_a_silent_rank_is_gone_and_one_that_has_said_good_bye_is_not(
+    lifelines: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = lifelines(2)
+    second.close()
+    wait_until(lambda: not first.peers)
+    monkeypatch.setattr(t, "SILENCE_SECONDS", 0.5)
+    first, second = lifelines(2)
+    second._say = lambda message: None  # its host is cut off
+    wait_until(lambda: bool(first.rt.said))
+    assert first.rt.said[0].startswith("rank 1 of 2 is gone (nothing was heard of it for 0s)")
+
+
+def test_time_in_which_this_process_was_suspended_does_not_count(
+    lifelines: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = lifelines(2)
+    wait_until(lambda: len(first.heard) == len(second.heard) == 1)
+    real = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: real() + 3600)
+    time.sleep(0.3)
+    assert not first.rt.said and not second.rt.said
+    monkeypatch.setattr(time, "monotonic", real)
+    for lifeline in (first, second):
+        lifeline.close()
+
+
+def test_a_signal_to_any_rank_is_heard_by_rank_0(lifelines: Callable) -> None:
+    lines = lifelines(3)
+    lines[2].tell_rank0(signal.SIGUSR1)
+    wait_until(lambda: lines[0].rt.stop_signal == signal.SIGUSR1)
+    assert lines[1].rt.stop_signal == 0
+    for lifeline in lines:
+        lifeline.close()
