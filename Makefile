@@ -87,7 +87,7 @@ test: .venv/test ## run all tests: no network, no GPU
 	$(PYTEST) -m "not faults"
 
 faults: .venv/test ## kill runs at random, cut off hosts, and compare what comes out: minutes
-	$(BIN)/python -m pytest -rP tests/test_faults.py
+	$(BIN)/python -m pytest -rP $(FAULTS) tests/test_faults.py
 
 test-fast: .venv/test ## run the tests of train_gpt.py's sections, without the slow ones: under a minute on two quiet cores
 	$(PYTEST) -m "not slow and not faults" tests/test_[0-9]*.py
