@@ -343,6 +343,8 @@ class Hyperparameters:
 
     def _derive(self) -> None:
         """Compute what follows from single settings, and parse the settings that are written as text."""
+        if self.resume == "0":
+            self.resume = ""
         self.first_stage = "train"  # of this process: train, calibrate, export or score
         if self.export_only:
             self.first_stage = "export"
@@ -862,7 +864,7 @@ class Runtime:
         )
 
     def open_log(self, folder: Path) -> None:
-        """Append to the logs in the run's folder. Raise UserError if another process does so, too."""
+        """Append to the logs in the run's folder, which is made if need be."""
         self.run_dir = folder
         self.on_rank0(self._open_files)
 
@@ -872,15 +874,6 @@ class Runtime:
             path = self.run_dir / name
             drop_half_line(path)
             self.files.append(path.open("a", buffering=1, encoding="utf-8"))
-        if os.name == "posix":
-            fcntl = importlib.import_module("fcntl")
-            try:
-                fcntl.flock(self.files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
-            except BlockingIOError:
-                self.files.clear()
-                raise UserError(f"another process is at work in {self.run_dir}: wait for its end, or stop it") from None
-            except OSError:
-                pass  # some network file systems have no locks
         return b""
 
     def log(self, line: str) -> None:
@@ -903,11 +896,11 @@ class Runtime:
             metrics_file.write(json.dumps({"event": event, **fields}) + "\n")
 
     def catch_signals(self) -> None:
-        """Let SIGTERM, SIGINT and SIGUSR1 end this process with nothing lost: in training after the step, which is
-        kept, elsewhere at once. A second one ends it there and then, unless it comes within a second: launchers repeat
-        that of a terminal."""
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            number = getattr(signal, name, None)  # SIGUSR1 is not everywhere
+        """Let SIGTERM, SIGINT, SIGHUP and SIGUSR1 end this process with nothing lost: in training after the step, which
+        is kept, elsewhere as soon as Python has a say. A second one ends it there and then, unless it comes within a
+        second: launchers repeat that of a terminal."""
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # not all are everywhere
             if number and signal.getsignal(number) is not signal.SIG_IGN:
                 self.handlers[number] = signal.signal(number, self._on_signal)
 
@@ -936,13 +929,13 @@ class Runtime:
         if error is None:
             self.close()
         elif isinstance(error, Stopped):
-            self.lifeline.holds = False
+            self.lifeline.is_armed = False
             self.log(f"stopped by {error}{self.how_to_resume()}")
         elif not isinstance(error, UserError):
             if self.world_size > 1:
                 time.sleep(1)  # if the cause is the end of another process, `lifeline` hears of it and ends this one
             self._keep_traceback(error)
-        self.lifeline.holds = False
+        self.lifeline.is_armed = False
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
@@ -950,16 +943,20 @@ class Runtime:
         """Write the traceback into a file of this rank's, which no launcher mixes with those of others."""
         if self.run_dir is None:
             return
-        self.run_dir.mkdir(parents=True, exist_ok=True)  # on other hosts it is not there yet
         path = self.run_dir / f"rank{self.rank}.error.txt"
-        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        with contextlib.suppress(OSError):  # the disk may be the reason
+            self.run_dir.mkdir(parents=True, exist_ok=True)  # on other hosts it is not there yet
+            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         print(f"rank {self.rank} failed: {error!r}, see {path}{self.how_to_resume()}", file=sys.stderr, flush=True)
 
     def how_to_resume(self) -> str:
         """Return the end of a line on a run that has stopped."""
-        if self.run_dir is None or self.run_dir.parent != Path("logs"):
+        if self.run_dir is None:
             return ""
-        return f"; the same command with RESUME=1 RUN_ID={self.run_dir.name} goes on"
+        settings = f"RESUME={self.run_dir}"
+        if self.run_dir.parent == Path("logs"):
+            settings = f"RESUME=1 RUN_ID={self.run_dir.name}"
+        return f"; the same command with {settings} goes on"
 
     def close(self) -> None:
         """Leave the process group, which all do together."""
@@ -989,7 +986,7 @@ class Lifeline:
         self.peers: dict[socket.socket, int] = {}  # connection -> the rank at its other end
         self.heard: dict[socket.socket, float] = {}  # when it was heard of last
         self.on_leaving: Callable[[], None] | None = None  # what there is to finish before this process ends
-        self.holds = True  # until this process ends by itself
+        self.is_armed = True  # until this process ends by itself
         if rt.world_size > 1:
             self._connect()
             threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
@@ -999,7 +996,9 @@ class Lifeline:
         server = None
         port = 0
         if rt.rank == 0:
-            server = socket.create_server(("", 0), backlog=rt.world_size)
+            family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+            dualstack = family == socket.AF_INET6
+            server = socket.create_server(("", 0), family=family, dualstack_ipv6=dualstack, backlog=rt.world_size)
             port = server.getsockname()[1]
         port = int(rt.broadcast_from_rank0(port))
         password = rt.on_rank0(lambda: os.urandom(16))
@@ -1014,19 +1013,27 @@ class Lifeline:
             connection.settimeout(5)
             greeting = b""
             with contextlib.suppress(OSError):  # strangers knock at any port
-                greeting = connection.recv(len(password) + 4, socket.MSG_WAITALL)
+                greeting = connection.makefile("rb").read(len(password) + 4)
             if greeting[:-4] == password:
                 self.peers[connection] = struct.unpack("<I", greeting[-4:])[0]
+            else:
+                connection.close()
         server.close()
 
     def _watch(self) -> None:
+        try:
+            self._speak_and_listen()
+        except Exception as error:  # whatever it is, nobody would notice the end of the others from here on
+            self._leave(self.rt.rank, f"its lifeline failed: {error!r}")
+
+    def _speak_and_listen(self) -> None:
         """Speak and listen until all others have said good-bye, or one is gone."""
         selector = selectors.DefaultSelector()
         for connection in self.peers:
             connection.setblocking(False)
             selector.register(connection, selectors.EVENT_READ)
         last_round = last_beat = -math.inf
-        while self.peers and self.holds:
+        while self.peers and self.is_armed:
             ready = selector.select(HEARTBEAT_SECONDS)
             now = time.monotonic()
             if now - last_round > SILENCE_SECONDS / 2:
@@ -1083,17 +1090,19 @@ class Lifeline:
         if self.rt.rank == 0:
             self._say(GONE + struct.pack("<I", rank))
         time.sleep(0.5)  # for what goes wrong on all ranks, which have their own say then
-        if not self.holds:
+        if not self.is_armed:
             return
         line = f"rank {rank} of {self.rt.world_size} is gone ({why}), so all stop{self.rt.how_to_resume()}"
-        self.rt.warn(line)
-        if self.on_leaving is not None:
-            self.on_leaving()
-        os._exit(1)
+        try:
+            self.rt.warn(line)
+            if self.on_leaving is not None:
+                self.on_leaving()
+        finally:
+            os._exit(1)
 
     def close(self) -> None:
         """Say good-bye: what ends now is done."""
-        self.holds = False
+        self.is_armed = False
         self._say(BYE)
 
 
@@ -1261,8 +1270,26 @@ def write_atomically(path: Path, *pieces: bytes | memoryview) -> None:
     os.replace(temporary, path)
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the name, too
+        with contextlib.suppress(OSError):  # some network file systems refuse
+            os.fsync(folder)  # the name, too
         os.close(folder)
+
+
+def lock(folder: Path) -> Any:
+    """Return what keeps other processes out of a run's folder until this one ends, however it does. Raise UserError if
+    another one is at work there."""
+    file = (folder / "train.log").open("a")
+    if os.name != "posix":
+        return file
+    fcntl = importlib.import_module("fcntl")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"another process is at work in {folder}: wait for its end, or stop it") from None
+    except OSError:
+        pass  # some network file systems have no locks
+    return file
 
 
 def drop_half_line(path: Path) -> None:
@@ -2661,7 +2688,7 @@ class Checkpoints:
         if self.rt.rank == 0:
             pin = self.rt.device.type == "cuda"
             self.copies = [torch.empty_like(tensor, device="cpu", pin_memory=pin) for tensor in tensors]
-        self.rt.lifeline.on_leaving = self.wait
+        self.rt.lifeline.on_leaving = functools.partial(self.wait, timeout=3)  # of a device that may never be done
 
     def restore(self) -> None:
         """Go on from the newest checkpoint in the run's folder, if there is one."""
@@ -2696,18 +2723,27 @@ class Checkpoints:
                 return blob
             except (UserError, OSError) as error:
                 self.rt.log(f"WARNING: {error}; the checkpoint before it is taken, if there is one")
+                path.unlink(missing_ok=True)
         return b""
 
     def after_step(self) -> None:
         """Save the state every CHECKPOINT_EVERY seconds. Where a signal has come, save it and raise Stopped."""
         trainer = self.trainer
-        if trainer.stop_signal:
+        is_due = self.h.checkpoint_every and trainer.elapsed - self.saved >= self.h.checkpoint_every
+        if is_due or trainer.stop_signal:
             self.save()
+        self._stop_if_asked()
+
+    def after_training(self) -> None:
+        """Save the last state. Raise Stopped where a signal has come."""
+        self.save()
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if self.trainer.stop_signal:
             self.wait()
             self.rt.broadcast_from_rank0(0)  # the others wait for it, too: a rank that leaves takes all with it
-            raise Stopped(trainer.stop_signal)
-        if self.h.checkpoint_every and trainer.elapsed - self.saved >= self.h.checkpoint_every:
-            self.save()
+            raise Stopped(self.trainer.stop_signal)
 
     def save(self) -> None:
         """Copy the state, which is then written by the thread."""
@@ -2718,15 +2754,15 @@ class Checkpoints:
             return
         self.wait()  # for the one before, whose copies are taken again
         for copied, tensor in zip(self.copies, tensors):
-            copied.copy_(tensor, non_blocking=True)
+            copied.copy_(tensor, non_blocking=copied.is_pinned())
         arrived = self.rt.mark()
         waited = time.perf_counter() - start
         self.writing = self.pool.submit(self._write, numbers, arrived, waited)
 
-    def wait(self) -> None:
-        """Wait until the last checkpoint is written."""
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until the last checkpoint is written, but no more than `timeout` seconds."""
         if self.writing is not None:
-            self.writing.result()
+            concurrent.futures.wait([self.writing], timeout)
 
     def close(self) -> None:
         """Wait, and keep nothing: not the optimizer's state, nor the training shards."""
@@ -2738,6 +2774,9 @@ class Checkpoints:
         rt, step = self.rt, numbers["num_steps"]
         start = time.perf_counter()
         arrived()
+        if not all(copied.isfinite().all() for copied in self.copies):  # a loss is looked at one step later on CUDA
+            rt.warn(f"the state after step {step} is not finite, so it is not kept")
+            return
         tensors = [Stored(str(i), 32, copied, None) for i, copied in enumerate(self.copies)]
         pieces = frame(self.h, tensors, 0.0, "none", training=numbers)
         try:
@@ -2765,20 +2804,23 @@ def train(run: Run) -> dict[str, Any]:
     loader = TokenLoader(h, rt, run.train_shards, trainer.num_steps)
     trainer.start_clock()
     rt.finishes_steps = True
+    if trainer.num_steps:
+        trainer.validate_if_due()  # which the run was stopped before
     while trainer.may_step():
         lr_scale = trainer.lr_scale()
         loss = trainer.step(lr_scale, loader.next_batch())
         lagged_loss = rt.lagged_item(loss)
         trainer.tick()
         trainer.check_and_log(lagged_loss, lr_scale)
-        trainer.validate_if_due()
         checkpoints.after_step()
-    rt.finishes_steps = False
+        trainer.validate_if_due()
     seconds = rt.broadcast_from_rank0(rt.now() - trainer.started)
+    trainer.elapsed, trainer.stop_signal = seconds, rt.readings(0.0)[1]
+    checkpoints.after_training()
+    rt.finishes_steps = False
     steps = trainer.num_steps
     step_avg_ms = 1000 * seconds / steps
     epochs = steps * h.train_batch_tokens / loader.num_tokens
-    checkpoints.save()
     rt.log(f"trained: steps:{steps} train_time:{1000 * seconds:.0f}ms step_avg:{step_avg_ms:.2f}ms epochs:{epochs:.4f}")
     log_score(rt, "raw", eval_val(run))
     rt.log(trainer.apply_average())
@@ -3996,12 +4038,12 @@ def report(run: Run, score: Score, stats: dict[str, Any]) -> None:
     result |= {"graphs_compiled_after_preflight": rt.compiler.num_late, "sequences_per_pass": rt.max_rows}
     result |= {"code_sha256": hashlib.sha256(run.code).hexdigest(), "settings": h.values()}
     rt.record("final", **result)
-    if rt.rank == 0:
-        write_atomically(rt.run_dir / "submission.json", (json.dumps(result, indent=2) + "\n").encode())
     exact = f"val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f} kind:{kind} targets:{score.num_targets}"
     times = f"eval_time:{1000 * stats['eval_seconds']:.0f}ms"
     rest = f"bytes:{score.num_bytes} {times} total_bytes:{total_bytes} compliant:{int(not breaks)}"
     rt.log(f"final_exact {exact} {rest}")
+    if rt.rank == 0:  # last: a run that has it is finished
+        write_atomically(rt.run_dir / "submission.json", (json.dumps(result, indent=2) + "\n").encode())
 
 
 # Settings that may change while a run is stopped: where things are, and how often there are lines and checkpoints.
@@ -4011,15 +4053,17 @@ FREE_SETTINGS = {"run_id", "resume", "checkpoint_every", "data_path", "tokenizer
 class Journal:
     """What a run needs to go on after it was stopped: journal.json in its folder, of which rank 0 sends the bytes.
 
-    "settings", "data" and "code_sha256" must be the same again. "plan" has what the first preflight chose, "stages" the
-    stats of those that are complete, "segments" the processes that have worked on the run, one after the other.
+    "settings", "data" and "code_sha256" must be the same again. "plan" has the type, the rows of a pass and the epochs
+    that were chosen; "stages", the stats of those that are complete; "segments", the processes that have worked on the
+    run, one after the other.
     """
 
     def __init__(self, h: Hyperparameters, rt: Runtime):
         """Find the run that goes on, and the stage where it does, or choose the folder of a new one."""
         self.h = h
         self.rt = rt
-        found = json.loads(rt.on_rank0(lambda: json.dumps(find_run(h)).encode()))
+        self.lock: Any = None  # on rank 0
+        found = json.loads(rt.on_rank0(self._find))
         self.folder = Path(found["folder"])
         self.is_new = found["is_new"]
         self.last_written = found["last_written"]
@@ -4033,6 +4077,10 @@ class Journal:
         if plan:
             rt.dtype = getattr(torch, plan["dtype"])
 
+    def _find(self) -> bytes:
+        found, self.lock = find_run(self.h)
+        return json.dumps(found).encode()
+
     def trained_model(self) -> GPT | None:
         """Return the model of a run that is trained already, on rank 0, from which the others get it."""
         if self.h.first_stage != "calibrate" or self.rt.rank != 0:
@@ -4042,17 +4090,22 @@ class Journal:
     def begin(self, run: Run) -> None:
         """Open the folder and begin a segment. Raise UserError where what goes on is another run."""
         h, rt = self.h, self.rt
-        data = {"validation targets": run.val.num_targets, "validation bytes": run.val.num_bytes}
+        data = {"validation text": digest_of_heads([run.val.tokens.numpy()])}
         if run.train_shards:
-            data["training tokens"] = sum(map(len, run.train_shards))
+            data["training shards"] = digest_of_heads(run.train_shards)
         settings = {name: value for name, value in h.values().items() if name not in FREE_SETTINGS}
-        now = {"settings": settings, "data": data, "code_sha256": hashlib.sha256(run.code).hexdigest()}
+        source = unpack(run.code) or run.code
+        now = {"settings": settings, "data": data, "code_sha256": hashlib.sha256(source).hexdigest()}
         differences = self._differences(now)
         if differences:
             raise UserError(f"{self.folder} was another run, so it cannot go on: {'; '.join(differences)}")
         if self.is_new:
             self.folder = Path(rt.on_rank0(self._make_folder).decode())
         rt.open_log(self.folder)
+        if rt.rank == 0:
+            self._remove("*.tmp", "rank*.error.txt")  # of earlier segments
+        if rt.rank == 0 and "train" in self.content["stages"]:
+            self._remove("checkpoint-*.bin")
         self.content = now | self.content
         plan = self.content.get("plan")
         if plan:
@@ -4073,9 +4126,8 @@ class Journal:
             if old != value:
                 differences.append(f"{name.upper()} was {old} and is {value}")
         for name, value in now["data"].items():
-            old = before["data"].get(name, value)
-            if old != value:
-                differences.append(f"{name} were {old:,} and are {value:,}")
+            if before["data"].get(name, value) != value:
+                differences.append(f"the {name} in DATA_PATH={self.h.data_path} is not what it was")
         if before["code_sha256"] != now["code_sha256"]:
             differences.append(f"the script was the one that is now {self.folder / 'train_gpt.py'}")
         return differences
@@ -4087,6 +4139,7 @@ class Journal:
         while True:
             try:
                 folder.mkdir()
+                self.lock = lock(folder)
                 return str(folder).encode()
             except FileExistsError:
                 if self.h.run_id:
@@ -4099,7 +4152,7 @@ class Journal:
         rt, segments = self.rt, self.content["segments"]
         if segments:
             last = segments[-1]
-            last["seconds"] = self.last_written - datetime.fromisoformat(last["begun"]).timestamp()
+            last["seconds"] = seconds_since(last["begun"], self.last_written)
             number = len(segments) + 1
             rt.log(
                 f"---- stopped {last['seconds']:.0f}s after {last['begun']}; segment {number} of this run begins ----"
@@ -4115,7 +4168,7 @@ class Journal:
             write_atomically(self.folder / "journal.json", content.encode())
 
     def keep_plan(self) -> None:
-        """Keep what the preflight has chosen, so that the run goes on with the same arithmetic."""
+        """Keep what sums and roundings depend on, so that the run goes on with the same. Kernels are chosen anew."""
         rt = self.rt
         dtype = str(rt.dtype).removeprefix("torch.")
         plan = {"dtype": dtype, "processes": rt.world_size, "sequences_per_pass": rt.max_rows}
@@ -4130,20 +4183,36 @@ class Journal:
         return stats
 
     def complete(self, stage: str, stats: dict[str, Any]) -> dict[str, Any]:
-        """Note that a stage is complete, so that no later segment does it again. Return its stats."""
+        """Note that a stage is complete: no later segment trains or exports again. Return the stage's stats."""
         self.content["stages"][stage] = stats
         self._write()
-        if self.rt.rank == 0:  # checkpoint.bin has the outcome of the training
-            for path in self.folder.glob("checkpoint-*.bin"):
-                path.unlink()
+        if self.rt.rank == 0:
+            self._remove("checkpoint-*.bin")  # checkpoint.bin has the outcome of the training
         return stats
+
+    def _remove(self, *patterns: str) -> None:
+        for pattern in patterns:
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
 
     def segments(self) -> list[dict[str, Any]]:
         """Return the segments so far, with the wall-clock seconds of each."""
         segments = self.content["segments"]
-        last = segments[-1]
-        last["seconds"] = time.time() - datetime.fromisoformat(last["begun"]).timestamp()
+        segments[-1]["seconds"] = seconds_since(segments[-1]["begun"], time.time())
         return segments
+
+
+def seconds_since(begun: str, now: float) -> float:
+    """Return the seconds on the wall clock since `begun`; 0 where that was set back meanwhile."""
+    return max(0.0, now - datetime.fromisoformat(begun).timestamp())
+
+
+def digest_of_heads(parts: list[np.ndarray]) -> str:
+    """Return a digest of the lengths and the first 4,096 tokens of each part: enough to tell data sets apart."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{len(part)} ".encode() + part[:4096].tobytes())
+    return digest.hexdigest()
 
 
 def launch_name() -> str:
@@ -4151,47 +4220,59 @@ def launch_name() -> str:
     return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.getppid()}"
 
 
-def find_run(h: Hyperparameters) -> dict[str, Any]:
-    """Return the folder of the run, whether it is new, what its journal says, and when its log was written last.
+def find_run(h: Hyperparameters) -> tuple[dict[str, Any], Any]:
+    """Return the folder of the run, whether it is new, what its journal says, and when its log was written last; and
+    the lock on a folder that is there.
 
     A run goes on by RESUME, or where its launcher has restarted it (torchrun, SLURM). Raise UserError where the run
-    that is to go on is not there, or is finished.
+    that is to go on is not there, is finished, or is being worked on.
     """
+    folder = find_interrupted(h)
+    if folder is None:
+        folder = Path("logs") / (h.run_id or f"{datetime.fromtimestamp(time.time()):%Y%m%d-%H%M%S}")
+        if h.run_id and folder.exists():
+            fix = "choose another RUN_ID, move it away, or go on with it by RESUME=1"
+            raise UserError(f"{folder} exists already: {fix}")
+        return {"folder": str(folder), "is_new": True, "journal": {}, "last_written": 0.0}, None
+    if (folder / "submission.json").exists():
+        raise UserError(f"the run in {folder} is finished: EVAL_ONLY={folder}/final_model.bin scores it again")
+    log = folder / "train.log"
+    if not log.is_file():
+        raise UserError(f"{folder} has no train.log, so it is not the folder of a run: check RESUME and RUN_ID")
+    last_written = log.stat().st_mtime
+    held = lock(folder)
+    journal = read_journal(folder)
+    if not journal and (folder / "checkpoint.bin").exists():
+        raise UserError(f"{folder} has no journal.json, so it cannot go on: EXPORT_ONLY={folder}/checkpoint.bin may")
+    return {"folder": str(folder), "is_new": False, "journal": journal, "last_written": last_written}, held
+
+
+def find_interrupted(h: Hyperparameters) -> Path | None:
+    """Return the folder of the run that RESUME names, or that this launcher began before it restarted its processes."""
     logs = Path("logs")
-    restarts = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
-    folder = None
     if h.resume:
-        folder = Path(h.resume)
-        if h.resume == "1":
-            folder = logs / h.run_id
+        folder = logs / h.run_id if h.resume == "1" else Path(h.resume)
         if not folder.is_dir():
             raise UserError(
                 f"RESUME={h.resume} finds no run in {folder}: check RUN_ID, or leave RESUME out to begin it"
             )
-        if (folder / "submission.json").exists():
-            raise UserError(f"the run in {folder} is finished: EVAL_ONLY={folder}/final_model.bin scores it again")
-    elif any(count != "0" for count in restarts):
-        folder = find_restarted(h)
-    if folder is None:
-        folder = logs / (h.run_id or f"{datetime.fromtimestamp(time.time()):%Y%m%d-%H%M%S}")
-        if h.run_id and folder.exists():
-            fix = "choose another RUN_ID, move it away, or go on with it by RESUME=1"
-            raise UserError(f"{folder} exists already: {fix}")
-        return {"folder": str(folder), "is_new": True, "journal": {}, "last_written": 0.0}
-    last_written = max((path.stat().st_mtime for path in folder.glob("train.log")), default=0.0)
-    for unfinished in folder.glob("*.tmp"):
-        unfinished.unlink()
-    return {"folder": str(folder), "is_new": False, "journal": read_journal(folder), "last_written": last_written}
+        return folder
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        candidates = logs.glob(h.run_id or "*")
+        own = [path for path in candidates if is_of_this_launch(path)]
+        return max(own, key=lambda path: path.stat().st_mtime, default=None)
+    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    if requeued and h.run_id and (logs / h.run_id).is_dir():
+        return logs / h.run_id
+    return None
 
 
-def find_restarted(h: Hyperparameters) -> Path | None:
-    """Return the folder of the run that this command began before it was restarted, if that is not finished."""
-    logs = Path("logs")
-    candidates = [logs / h.run_id]
-    if not h.run_id:
-        candidates = [path for path in logs.glob("*") if read_journal(path).get("launch") == launch_name()]
-    unfinished = [path for path in candidates if path.is_dir() and not (path / "submission.json").exists()]
-    return max(unfinished, key=lambda path: path.stat().st_mtime, default=None)
+def is_of_this_launch(folder: Path) -> bool:
+    """Whether the command that this process is of began the run in a folder."""
+    try:
+        return read_journal(folder).get("launch") == launch_name()
+    except UserError:  # of another run, then
+        return False
 
 
 def read_journal(folder: Path) -> dict[str, Any]:

@@ -281,9 +281,10 @@ class Auditor:
         """Returns the artifact's weights, read again from the disk: scoring has adapted those in the model."""
         own = run.rt.run_dir / "final_model.bin"
         path = self.script.find_path(run.h.eval_only, "EVAL_ONLY") if run.h.eval_only else own
-        if sha256(path) != artifact_sha256:
+        blob = run.rt.on_rank0(path.read_bytes)  # which other hosts may not have
+        if hashlib.sha256(blob).hexdigest() != artifact_sha256:
             raise self.script.UserError(f"{path} is not the file that was scored: it changed during the run")
-        return self.script.load_artifact(path)[1].state_dict()
+        return self.script.load_artifact(path, blob)[1].state_dict()
 
     def excerpt(self, run: Any) -> Any:
         """Returns the run on the first two and a half chunks of its text; on a short text the chunks are shorter."""
@@ -525,6 +526,7 @@ def audit_run(folder: Path) -> bool:
         "audit": False,
         "eval_only": folder / "final_model.bin",
         "export_only": "",
+        "resume": "",
         "run_id": f"{folder.name}-audit",
     }
     settings |= {"max_val_tokens": min(int(settings["max_val_tokens"]) or most, most)}

@@ -35,7 +35,16 @@ sys.path.insert(0, str(ROOT))
 from train_gpt import unpack  # noqa: E402 - the packer of the runs themselves
 
 SIZE_LIMIT, SEEDS_OF_A_RECORD = 16_000_000, 3
-OWN_SETTINGS = ("seed", "run_id", "audit", "device", "data_path", "tokenizer_path")  # may differ from run to run
+OWN_SETTINGS = (
+    "seed",
+    "run_id",
+    "audit",
+    "resume",
+    "checkpoint_every",
+    "device",
+    "data_path",
+    "tokenizer_path",
+)  # may differ from run to run
 # And those in which the audit of a finished run differs from that run.
 AUDIT_SETTINGS = (*OWN_SETTINGS, "eval_only", "export_only", "max_val_tokens", "attn_backend", "compile", "smoke")
 PROOFS = {"artifact", "future_flip", "sum_of_probabilities", "once_only", "last_chunk", "files", "network"}

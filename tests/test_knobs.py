@@ -266,8 +266,7 @@ def stage_main(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any
     def fake(name: str, result: Callable) -> None:
         patch.setattr(t, name, lambda *args: (calls.append(name), result(*args))[1])
 
-    val = SimpleNamespace(num_targets=1, num_bytes=1)
-    run = t.Run(h, None, None, None, None, ["shards"], val, b"")
+    run = t.Run(h, None, None, None, None, SHARDS, VAL, b"")
     fake("build_run", lambda h, rt, decoded: (runs.append(rt), run._replace(h=h, rt=rt))[1])
     fake("load_artifact", lambda path: (calls.append(Path(path).name), (h, None))[1])
     fake("evaluate", lambda run: (calls.append(run.train_shards), (SCORE, 1.0))[1])
@@ -282,6 +281,7 @@ def stage_main(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any
     for folder in ("logs", "stopped"):
         shutil.rmtree(folder, ignore_errors=True)
         os.mkdir(folder)
+    Path("stopped/train.log").touch()
     t.main()
     for file in [file for rt in runs for file in rt.files]:
         file.close()
