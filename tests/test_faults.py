@@ -198,13 +198,12 @@ def test_of_25_kills_at_random_moments_none_costs_a_run_or_a_bit(
         with contextlib.suppress(subprocess.TimeoutExpired):
             # Half of the time is start-up, in which there is nothing to lose.
             assert run.wait(draw.uniform(0.3, 1.1) * expected.seconds) == 0, run.output
-        resume = {"RESUME": 1}
         folder = tmp_path / "logs" / name
         if run.process.poll() is None:
             kills += 1
             run.kill()
-            if not folder.exists():
-                resume = {}
+        if not (folder / "submission.json").exists():
+            resume = {"RESUME": 1} if folder.exists() else {}
             continue
         assert outcome(folder) == expected.outcome, f"{name} after {kills} kills"
         stages += segments(folder)[1:]
