@@ -2284,8 +2284,9 @@ class Optimizer:
                 matrices[rows, cols, lr, weight_decay].append(parameter)
             else:
                 others[lr, weight_decay].append(parameter)
-        self.muon_groups = [self._muon_group(*key, parameters) for key, parameters in matrices.items()]
-        self.muon_groups.sort(key=lambda group: group.momentum.numel(), reverse=True)
+        # In the order of the model, in which they are saved: by size, it would depend on the number of processes.
+        self.saved_groups = [self._muon_group(*key, parameters) for key, parameters in matrices.items()]
+        self.muon_groups = sorted(self.saved_groups, key=lambda group: group.momentum.numel(), reverse=True)
         adamw_groups = []
         for (lr, weight_decay), parameters in others.items():
             adamw_groups.append({"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": weight_decay})
@@ -2316,7 +2317,7 @@ class Optimizer:
         """Return the state of both optimizers, whole, whatever the number of processes, which all have to call this:
         the momenta of each Muon group in the order of its parameters, then AdamW's means and squares."""
         momenta = []
-        for group in self.muon_groups:
+        for group in self.saved_groups:
             whole = self.rt.all_gather(group.momentum)()
             momenta.append(whole[: len(group.wide) + len(group.tall)])
         states = [self.adamw.state[p] for p in self.replicated]
@@ -2324,8 +2325,8 @@ class Optimizer:
 
     def load_state(self, tensors: list[Tensor], num_steps: int) -> None:
         """Take over what `state` returned after `num_steps` steps, perhaps of another number of processes."""
-        num_groups, num_replicated = len(self.muon_groups), len(self.replicated)
-        for group, whole in zip(self.muon_groups, tensors):
+        num_groups, num_replicated = len(self.saved_groups), len(self.replicated)
+        for group, whole in zip(self.saved_groups, tensors):
             part_size = len(group.momentum)
             part = whole[self.rt.rank * part_size : (self.rt.rank + 1) * part_size]
             group.momentum[: len(part)] = part
@@ -4236,10 +4237,10 @@ def find_run(h: Hyperparameters) -> tuple[dict[str, Any], Any]:
         return {"folder": str(folder), "is_new": True, "journal": {}, "last_written": 0.0}, None
     if (folder / "submission.json").exists():
         raise UserError(f"the run in {folder} is finished: EVAL_ONLY={folder}/final_model.bin scores it again")
-    log = folder / "train.log"
-    if not log.is_file():
+    logs = list(folder.glob("train.log"))
+    if not logs and any(folder.iterdir()):
         raise UserError(f"{folder} has no train.log, so it is not the folder of a run: check RESUME and RUN_ID")
-    last_written = log.stat().st_mtime
+    last_written = max((log.stat().st_mtime for log in logs), default=0.0)
     held = lock(folder)
     journal = read_journal(folder)
     if not journal and (folder / "checkpoint.bin").exists():

@@ -219,6 +219,19 @@ def test_of_25_kills_at_random_moments_none_costs_a_run_or_a_bit(
     assert len(stages) >= 10
 
 
+def test_a_run_goes_on_with_another_number_of_processes(start: Callable, undisturbed: Callable, tmp_path: Path) -> None:
+    run = start(2, RUN_ID="a")
+    run.wait_for("step:20/")
+    run.kill()
+    run = start(1, RUN_ID="a", RESUME=1)
+    assert run.wait() == 0, run.output
+    assert "resumed: from the checkpoint" in run.output and "processes:1" in run.output
+    found, expected = outcome(tmp_path / "logs/a"), undisturbed(1).outcome
+    # Sums over two processes add up in another order.
+    assert found["losses"].keys() == expected["losses"].keys()
+    assert found["val_bpb"] == pytest.approx(expected["val_bpb"], abs=0.005)
+
+
 # ------------------------------------------------------------------------------------------------------------ signals
 @pytest.mark.parametrize(("num_processes", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_a_signal_ends_a_training_after_a_step_that_is_kept(

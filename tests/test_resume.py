@@ -82,6 +82,7 @@ def test_the_clock_goes_on_from_what_was_spent(make_run: Callable) -> None:
     first.rt.readings = lambda started: (next(clock), 0)
     with pytest.raises(StopIteration):
         train_with_checkpoints(first)
+    wait_until((first.rt.run_dir / "checkpoint-3.bin").exists)
     trainer = t.Trainer(second)
     t.Checkpoints(trainer).restore()
     assert (trainer.num_steps, trainer.elapsed, trainer.settled, trainer.step_seconds) == (3, 12.0, 11.0, 1.0)
@@ -185,8 +186,8 @@ def test_a_state_is_whole_and_taken_over_by_any_number_of_processes(make_run: Ca
         other.load_state(numbers, [tensor.clone() for tensor in tensors])
         parts.append(other.optimizer)
     run.rt.rank, run.rt.world_size = 0, 1
-    for index, group in enumerate(trainer.optimizer.muon_groups):
-        joined = torch.cat([optimizer.muon_groups[index].momentum for optimizer in parts])
+    for index, group in enumerate(trainer.optimizer.saved_groups):
+        joined = torch.cat([optimizer.saved_groups[index].momentum for optimizer in parts])
         assert torch.equal(joined[: len(group.momentum)], group.momentum) and group.momentum.any()
         assert not joined[len(group.momentum) :].any()  # padding
     for parameter in trainer.optimizer.replicated:
