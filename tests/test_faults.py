@@ -43,6 +43,7 @@ SMALL = {
     "TTT_CHUNK_TOKENS": 512,
     "EVAL_STRIDE": 16,
 }
+pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc, as on Linux")
 NOTICED_WITHIN = 15.0  # seconds, from the end of a process to that of all others
 
 
@@ -76,11 +77,12 @@ class Started:
 
     def workers(self) -> list[int]:
         """The processes of the ranks that torchrun has started, in the order of the ranks."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         ranks = {}
-        for child in map(int, children):
-            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-            ranks.update({int(v[5:]): child for v in variables if v.startswith(b"RANK=")})
+        with contextlib.suppress(OSError):  # it may end meanwhile
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+            for child in map(int, children):
+                variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+                ranks.update({int(v[5:]): child for v in variables if v.startswith(b"RANK=")})
         return [ranks[rank] for rank in sorted(ranks)]
 
     def kill(self) -> None:
