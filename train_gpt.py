@@ -535,6 +535,7 @@ class Runtime:
         self.pending = None  # the number that lagged_item returns next
         self.run_dir: Path | None = None  # the run's folder, once `open_log` has it
         self.files = []  # train.log and metrics.jsonl, on rank 0
+        self.dead_files = []  # that take no more lines
         self.stop_signal = 0  # the signal that has asked this run to end
         self.stop_time = 0.0
         self.finishes_steps = False  # a signal then waits for the end of the step
@@ -878,22 +879,30 @@ class Runtime:
 
     def log(self, line: str) -> None:
         """Print a line on rank 0, and append it to train.log."""
-        if self.rank != 0:
-            return
-        print(line, flush=True)
-        for log_file in self.files[:1]:
-            print(line, file=log_file, flush=True)
+        if self.rank == 0:
+            self._print(line, sys.stdout, *self.files[:1])
+
+    def _print(self, line: str, *files: Any) -> None:
+        """Print a line into files. One that takes no more, as a terminal that is gone or a disk that is full, is given
+        up with a warning: no run ends for a line."""
+        for file in files:
+            if file in self.dead_files:
+                continue
+            try:
+                print(line, file=file, flush=True)
+            except (OSError, ValueError) as error:  # ValueError: it is closed
+                self.dead_files.append(file)
+                self.log(f"WARNING: {getattr(file, 'name', file)} takes no more lines: {error}")
 
     def warn(self, line: str) -> None:
         """Log a warning on rank 0. Print it on every other rank, with its number."""
         if self.rank != 0:
-            print(f"rank {self.rank}: WARNING: {line}", file=sys.stderr, flush=True)
+            self._print(f"rank {self.rank}: WARNING: {line}", sys.stderr)
         self.log(f"WARNING: {line}")
 
     def record(self, event: str, **fields: Any) -> None:
         """Append a JSON line to metrics.jsonl."""
-        for metrics_file in self.files[1:]:
-            metrics_file.write(json.dumps({"event": event, **fields}) + "\n")
+        self._print(json.dumps({"event": event, **fields}), *self.files[1:])
 
     def catch_signals(self) -> None:
         """Let SIGTERM, SIGINT, SIGHUP and SIGUSR1 end this process with nothing lost: in training after the step, which
@@ -947,7 +956,7 @@ class Runtime:
         with contextlib.suppress(OSError):  # the disk may be the reason
             self.run_dir.mkdir(parents=True, exist_ok=True)  # on other hosts it is not there yet
             path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        print(f"rank {self.rank} failed: {error!r}, see {path}{self.how_to_resume()}", file=sys.stderr, flush=True)
+        self._print(f"rank {self.rank} failed: {error!r}, see {path}{self.how_to_resume()}", sys.stderr)
 
     def how_to_resume(self) -> str:
         """Return the end of a line on a run that has stopped."""
@@ -4324,8 +4333,9 @@ def attach_auditor() -> None:
 def leave(line: str, status: int) -> NoReturn:
     """End this process with a line and an exit status. No more than that: the threads of a process group that was not
     left in order abort what ends around them."""
-    print(line, end="\n" * bool(line), file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(line, end="\n" * bool(line), file=sys.stderr, flush=True)
+        sys.stdout.flush()
     os._exit(status)
 
 

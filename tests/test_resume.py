@@ -391,13 +391,26 @@ def test_a_clock_that_is_set_back_harms_nothing(make_run: Callable, monkeypatch:
     assert [segment["seconds"] for segment in journal.segments()] == [0.0, pytest.approx(0, abs=60)]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full, as Linux has")
+def test_no_run_ends_for_a_line(make_run: Callable, capsys: pytest.CaptureFixture) -> None:
+    run, _ = begin(make_run, run_id="a")
+    end(run)
+    run.rt.files = [open("/dev/full", "w", buffering=1) for _ in range(2)]  # noqa: SIM115
+    for number in range(2):
+        run.rt.log(f"line {number}")
+        run.rt.record("event", number=number)
+    said = capsys.readouterr().out.splitlines()
+    warning = "WARNING: /dev/full takes no more lines: [Errno 28] No space left on device"
+    assert said == ["line 0", warning, warning, "line 1"]
+
+
 # ------------------------------------------------------------------------------------------------------------ signals
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
 def test_a_signal_waits_for_the_step_and_a_second_one_does_not(
     make_run: Callable, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     rt, number = make_run().rt, getattr(signal, name)
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(os, "_exit", lambda status: pytest.fail(f"left with {status}"))
@@ -423,7 +436,7 @@ def test_a_signal_waits_for_the_step_and_a_second_one_does_not(
 
 def test_a_signal_that_is_ignored_stays_ignored(make_run: Callable) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    others = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    others = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
     try:
         make_run().rt.catch_signals()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
