@@ -944,6 +944,7 @@ class Runtime:
             if self.world_size > 1:
                 time.sleep(1)  # if the cause is the end of another process, `lifeline` hears of it and ends this one
             self._keep_traceback(error)
+            self.lifeline.tell_failure()
         self.lifeline.is_armed = False
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
@@ -1074,8 +1075,8 @@ class Lifeline:
             return
         if GONE in message:
             at = message.index(GONE) + 1
-            (rank,) = struct.unpack("<I", message[at : at + 4])
-            self._leave(rank, "rank 0 says so")
+            (gone,) = struct.unpack("<I", message[at : at + 4])
+            self._leave(gone, "it has failed" if gone == rank else f"rank {rank} says so")
             return
         if BYE in message:
             del self.peers[connection]
@@ -1093,6 +1094,11 @@ class Lifeline:
         """Pass a signal on to rank 0, which decides for all."""
         if self.rt.rank != 0:
             self._say(bytes([128 + number]))
+
+    def tell_failure(self) -> None:
+        """Tell the others that this process is about to end: their collectives fail at once, and its connection here
+        breaks a second later."""
+        self._say(GONE + struct.pack("<I", self.rt.rank))
 
     def _leave(self, rank: int, why: str) -> None:
         """End this process, because that of `rank` is gone, unless it ends by itself."""

@@ -507,6 +507,14 @@ def test_strangers_are_no_ranks_and_a_rank_that_is_gone_is_named_by_all(lifeline
     assert third.rt.said[0].startswith("rank 1 of 3 is gone (rank 0 says so)")
 
 
+def test_a_rank_that_fails_says_so_before_its_connection_breaks(lifelines: Callable) -> None:
+    first, second, third = lifelines(3)
+    second.tell_failure()
+    wait_until(lambda: bool(first.rt.said and third.rt.said))
+    assert first.rt.said[0].startswith("rank 1 of 3 is gone (it has failed)")
+    assert third.rt.said[0].startswith("rank 1 of 3 is gone (rank 0 says so)")
+
+
 def test_a_silent_rank_is_gone_and_one_that_has_said_good_bye_is_not(
     lifelines: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
