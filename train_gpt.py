@@ -941,8 +941,7 @@ class Runtime:
             self.lifeline.is_armed = False
             self.log(f"stopped by {error}{self.how_to_resume()}")
         elif not isinstance(error, UserError):
-            if self.world_size > 1:
-                time.sleep(1)  # if the cause is the end of another process, `lifeline` hears of it and ends this one
+            self.lifeline.wait_for_cause()
             self._keep_traceback(error)
             self.lifeline.tell_failure()
         self.lifeline.is_armed = False
@@ -997,6 +996,7 @@ class Lifeline:
         self.heard: dict[socket.socket, float] = {}  # when it was heard of last
         self.on_leaving: Callable[[], None] | None = None  # what there is to finish before this process ends
         self.is_armed = True  # until this process ends by itself
+        self.failed: int | None = None  # the rank that has said that it is about to end
         if rt.world_size > 1:
             self._connect()
             threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
@@ -1071,13 +1071,15 @@ class Lifeline:
             self._leave(rank, str(error))
             return
         if not message:
-            self._leave(rank, "its connection is closed")
+            self._leave(rank, "it has failed" if rank == self.failed else "its connection is closed")
             return
         if GONE in message:
             at = message.index(GONE) + 1
             (gone,) = struct.unpack("<I", message[at : at + 4])
-            self._leave(gone, "it has failed" if gone == rank else f"rank {rank} says so")
-            return
+            if gone != rank:
+                self._leave(gone, f"rank {rank} says so")
+                return
+            self.failed = rank  # the launcher shall see its end first
         if BYE in message:
             del self.peers[connection]
         signals = [byte - 128 for byte in message if byte >= 128]
@@ -1096,9 +1098,16 @@ class Lifeline:
             self._say(bytes([128 + number]))
 
     def tell_failure(self) -> None:
-        """Tell the others that this process is about to end: their collectives fail at once, and its connection here
-        breaks a second later."""
+        """Tell the others that this process is about to end."""
         self._say(GONE + struct.pack("<I", self.rt.rank))
+
+    def wait_for_cause(self) -> None:
+        """Wait for a second, as something has gone wrong: if that was the end of another process, it ends this one with
+        a line, and not with the traceback of a collective. Wait longer if another one has said that it fails."""
+        if self.peers:
+            time.sleep(1)
+        if self.failed is not None:
+            time.sleep(SILENCE_SECONDS + 2)
 
     def _leave(self, rank: int, why: str) -> None:
         """End this process, because that of `rank` is gone, unless it ends by itself."""
@@ -4396,3 +4405,5 @@ if __name__ == "__main__":
         leave("", status=128 + stopped.number)
     except KeyboardInterrupt:
         leave("train_gpt.py: stopped before the run began", status=130)
+    except Exception:
+        leave(traceback.format_exc(), status=1)

@@ -510,6 +510,10 @@ def test_strangers_are_no_ranks_and_a_rank_that_is_gone_is_named_by_all(lifeline
 def test_a_rank_that_fails_says_so_before_its_connection_breaks(lifelines: Callable) -> None:
     first, second, third = lifelines(3)
     second.tell_failure()
+    wait_until(lambda: first.failed == 1)
+    assert not first.rt.said and not third.rt.said  # the launcher sees the end of rank 1 first
+    (connection,) = second.peers
+    connection.shutdown(socket.SHUT_RDWR)
     wait_until(lambda: bool(first.rt.said and third.rt.said))
     assert first.rt.said[0].startswith("rank 1 of 3 is gone (it has failed)")
     assert third.rt.said[0].startswith("rank 1 of 3 is gone (rank 0 says so)")
