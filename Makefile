@@ -86,7 +86,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 test: .venv/test ## run all tests: no network, no GPU
 	$(PYTEST) -m "not faults"
 
-faults: .venv/test ## kill runs at random, cut off hosts, and compare what comes out: minutes
+faults: .venv/test ## kill runs at random, cut off hosts, and compare what comes out: about 7 minutes on 2 cores
 	$(BIN)/python -m pytest -rP $(FAULTS) tests/test_faults.py
 
 test-fast: .venv/test ## run the tests of train_gpt.py's sections, without the slow ones: under a minute on two quiet cores
