@@ -75,6 +75,18 @@ def test_a_training_that_was_stopped_goes_on_to_the_last_bit(
     assert [(whole.rt.run_dir / n).read_bytes() for n in names] == [(second.rt.run_dir / n).read_bytes() for n in names]
 
 
+def test_a_signal_after_the_last_step_ends_the_run_before_the_export(make_run: Callable) -> None:
+    first, second = make_run(**EVERYTHING), make_run(**EVERYTHING)
+    second.rt.run_dir = first.rt.run_dir
+    readings = first.rt.readings
+    last = 0.0  # of what the clock is read from, after the last step
+    first.rt.readings = lambda started: (readings(started)[0], int(signal.SIGTERM) if started == last else 0)
+    with pytest.raises(t.Stopped):
+        t.train(first)
+    losses, stats = train(second)
+    assert not losses and stats["steps"] == 7 and stats["train_segments"] == 1
+
+
 def test_the_clock_goes_on_from_what_was_spent(make_run: Callable) -> None:
     first, second = make_run(**EVERYTHING), make_run(**EVERYTHING)
     second.rt.run_dir = first.rt.run_dir
@@ -538,12 +550,14 @@ def test_time_in_which_this_process_was_suspended_does_not_count(
     first, second = lifelines(2)
     wait_until(lambda: len(first.heard) == len(second.heard) == 1)
     real = time.monotonic
+    first._say = second._say = lambda message: None  # both are suspended
+    time.sleep(0.2)  # what was under way arrives
     monkeypatch.setattr(time, "monotonic", lambda: real() + 3600)
-    time.sleep(0.3)
+    time.sleep(1.0)  # twice what one that leaves waits before it says so
     assert not first.rt.said and not second.rt.said
     monkeypatch.setattr(time, "monotonic", real)
     for lifeline in (first, second):
-        lifeline.close()
+        lifeline.is_armed = False
 
 
 def test_a_signal_to_any_rank_is_heard_by_rank_0(lifelines: Callable) -> None:
