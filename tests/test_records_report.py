@@ -723,3 +723,25 @@ def test_a_browser_shows_the_page_on_a_phone_and_a_desktop_in_light_and_dark(
                 url.startswith(("file:", "data:")) and url.endswith(("index.html", ",")) for url in asked
             )
     assert browser.get_log("browser") == []
+
+
+def test_steps_that_a_resumed_run_took_twice_count_once(tmp_path: Path) -> None:
+    """Killed at step 20, resumed from the checkpoint after step 12, as its log has it: the steps after 12 come again."""
+    events = write_run(tmp_path / "a")
+    config, steps = events[0], [event for event in events if event["event"] == "train"]
+    lost = [event | {"train_loss": 9.0} for event in steps if 12 < event["step"] <= 20]
+    again = [event for event in events[1:] if event not in steps or event["step"] > 12]
+    breaks = [
+        {"event": "segment", "number": 2, "stage": "train"},
+        config,
+        {"event": "resumed", "step": 12, "seconds": 8.0},
+    ]
+    log = [config, *(event for event in steps if event["step"] <= 12), *lost, *breaks, *again]
+    (tmp_path / "a" / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in log))
+    run = report.read_run(tmp_path / "a", "a", 0, True)
+    assert lost and run.train == steps
+    assert any("2 segments" in note for note in run.notes)
+    # With no checkpoint yet, the training begins again.
+    log = [config, *lost, *breaks[:2], *events[1:]]
+    (tmp_path / "a" / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in log))
+    assert report.read_run(tmp_path / "a", "a", 0, True).train == steps
