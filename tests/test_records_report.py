@@ -726,7 +726,7 @@ def test_a_browser_shows_the_page_on_a_phone_and_a_desktop_in_light_and_dark(
 
 
 def test_steps_that_a_resumed_run_took_twice_count_once(tmp_path: Path) -> None:
-    """Killed at step 20, resumed from the checkpoint after step 12, as its log has it: the steps after 12 come again."""
+    """Killed at step 20 and resumed from the checkpoint after step 12: in its log, the steps after 12 come again."""
     events = write_run(tmp_path / "a")
     config, steps = events[0], [event for event in events if event["event"] == "train"]
     lost = [event | {"train_loss": 9.0} for event in steps if 12 < event["step"] <= 20]
