@@ -4092,7 +4092,7 @@ class Journal:
         self.folder = Path(found["folder"])
         self.is_new = found["is_new"]
         self.last_written = found["last_written"]
-        self.content = {"launch": launch_name(), "stages": {}, "segments": []} | found["journal"]
+        self.content = {"stages": {}, "segments": []} | found["journal"] | {"launch": launch_name()}
         stages = self.content["stages"]
         if "train" in stages:
             h.first_stage = "calibrate"

@@ -161,6 +161,23 @@ def shell(corpus: SimpleNamespace, **settings: object) -> dict[str, str]:
     }
 
 
+# A run of seconds, as a user's shell would set it.
+SMALL = {
+    "DEVICE": "cpu",
+    "NUM_LAYERS": 3,
+    "MODEL_DIM": 64,
+    "NUM_HEADS": 4,
+    "NUM_KV_HEADS": 2,
+    "TRAIN_SEQ_LEN": 64,
+    "TRAIN_BATCH_TOKENS": 1024,
+    "ITERATIONS": 24,
+    "MAX_VAL_TOKENS": 4096,
+    "TTT_CHUNK_TOKENS": 1024,
+    "EVAL_STRIDE": 16,
+    "EVAL_LADDER": 1,
+}
+
+
 # A run of a second or two that does all there is to do, under the audit.
 AUDITED = {
     "DEVICE": "cpu", "NUM_LAYERS": 2, "MODEL_DIM": 32, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "TRAIN_SEQ_LEN": 32,

@@ -13,24 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import SHARED, shell
+from conftest import SHARED, SMALL, shell
 
 import train_gpt as t
 
-SMALL = {
-    "DEVICE": "cpu",
-    "NUM_LAYERS": 3,
-    "MODEL_DIM": 64,
-    "NUM_HEADS": 4,
-    "NUM_KV_HEADS": 2,
-    "TRAIN_SEQ_LEN": 64,
-    "TRAIN_BATCH_TOKENS": 1024,
-    "ITERATIONS": 24,
-    "MAX_VAL_TOKENS": 4096,
-    "TTT_CHUNK_TOKENS": 1024,
-    "EVAL_STRIDE": 16,
-    "EVAL_LADDER": 1,
-}
 STAGES = ["raw", "averaged", "quantized", "sliding", "ttt"]
 
 

@@ -18,20 +18,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import shell
+from conftest import SMALL, shell
 
 import train_gpt as t
 
 # Every stage, and a checkpoint every few steps: a run of about ten seconds.
 SMALL = {
-    "DEVICE": "cpu",
+    **SMALL,
     "COMPILE": 0,
-    "NUM_LAYERS": 3,
-    "MODEL_DIM": 64,
-    "NUM_HEADS": 4,
-    "NUM_KV_HEADS": 2,
-    "TRAIN_SEQ_LEN": 64,
-    "TRAIN_BATCH_TOKENS": 1024,
     "ITERATIONS": 40,
     "MAX_WALLCLOCK_SECONDS": 0,
     "CHECKPOINT_EVERY": 0.1,
@@ -39,9 +33,7 @@ SMALL = {
     "VAL_LOSS_EVERY": 15,
     "SWA_ENABLED": 1,
     "SWA_EVERY": 2,
-    "MAX_VAL_TOKENS": 4096,
     "TTT_CHUNK_TOKENS": 512,
-    "EVAL_STRIDE": 16,
 }
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc, as on Linux")
 NOTICED_WITHIN = 15.0  # seconds, from the end of a process to that of all others
@@ -294,6 +286,25 @@ def test_a_rank_that_raises_has_its_own_traceback_in_its_own_file(start: Callabl
     assert "AssertionError: boom" in (tmp_path / "logs/a/rank1.error.txt").read_text()
     assert "rank 1 of 2 is gone" in run.output and not (tmp_path / "logs/a/rank0.error.txt").exists()
     assert "boom" in run.output.rpartition("Root Cause")[2]  # torchrun shows it, too
+
+
+@pytest.mark.faults
+def test_a_long_export_of_rank_0_trips_nothing(start: Callable, undisturbed: Callable, tmp_path: Path) -> None:
+    """Rank 0 compresses for longer than silence is allowed to last, while rank 1 waits for it in a collective."""
+    script = tmp_path / "train_gpt.py"
+    source = t.CODE.read_text()
+    marker = "        blob, quant_floor = fit_artifact(run, weights)\n"
+    assert source.count(marker) == 1
+    busy = "        deadline = time.monotonic() + SILENCE_SECONDS + 5\n"
+    busy += "        while time.monotonic() < deadline:\n"
+    busy += "            lzma.compress(os.urandom(3_000_000), **LZMA)\n"
+    script.write_text(source.replace(marker, busy + marker))
+    run = start(2, script=script, RUN_ID="a", CHECKPOINT_EVERY=0)
+    assert run.wait() == 0, run.output
+    folder = tmp_path / "logs/a"
+    seconds = json.loads((folder / "submission.json").read_text())["export_seconds"]
+    assert seconds > t.SILENCE_SECONDS + 5 and outcome(folder) == undisturbed(2).outcome
+    print(f"rank 0 exported for {seconds:.1f}s")
 
 
 def test_torchrun_picks_a_run_up_by_itself(start: Callable, undisturbed: Callable, tmp_path: Path) -> None:

@@ -374,6 +374,16 @@ def test_a_launcher_that_restarts_a_run_lets_it_go_on(
         return
     found, lock = t.find_run(tiny(run_id=run_id))
     lock.close()
+    with pytest.MonkeyPatch.context() as patch:  # a requeued job's torchrun restarts its processes, too
+        patch.setattr(t, "launch_name", lambda: "the next command")
+        other, _ = begin(make_run, resume=str(run.rt.run_dir))
+        end(other)
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        found, lock = t.find_run(tiny(run_id=run_id))
+        lock.close()
+        assert not found["is_new"]
+    again, _ = begin(make_run, resume=str(run.rt.run_dir))
+    end(again)
     assert (found["folder"], found["is_new"]) == (str(run.rt.run_dir), False)
     (run.rt.run_dir / "submission.json").write_text("{}")
     with pytest.raises(t.UserError, match="is finished"):
