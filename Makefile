@@ -29,7 +29,7 @@ setup: .venv/run ## make .venv with what training needs
 
 demo: setup ## train, export, score and adapt a small model on this machine: about 3 minutes on 2 cores
 	$(BIN)/python data/demo.py
-	rm -rf logs/demo
+	$(if $(RESUME),,rm -rf logs/demo)
 	set -a && source records/env/demo.env && set +a && RUN_ID=demo $(BIN)/python train_gpt.py
 	$(BIN)/python data/demo.py check logs/demo
 

@@ -4279,7 +4279,7 @@ def find_interrupted(h: Hyperparameters) -> Path | None:
         folder = logs / h.run_id if h.resume == "1" else Path(h.resume)
         if not folder.is_dir():
             raise UserError(
-                f"RESUME={h.resume} finds no run in {folder}: check RUN_ID, or leave RESUME out to begin it"
+                f"RESUME={h.resume} finds no run in {folder}: give 1 and the run's RUN_ID, or its folder, or no RESUME"
             )
         return folder
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":

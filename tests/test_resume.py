@@ -305,7 +305,7 @@ def test_what_cannot_go_on_is_said_with_the_fix(make_run: Callable, tiny: Callab
         tiny(resume="1")
     with pytest.raises(t.UserError, match="RESUME is for runs that train"):
         tiny(resume="1", run_id="a", eval_only="x")
-    with pytest.raises(t.UserError, match=r"no run in logs/b: check RUN_ID"):
+    with pytest.raises(t.UserError, match=r"no run in logs/b: give 1 and"):
         t.find_run(tiny(resume="1", run_id="b"))
     run, _ = begin(make_run, run_id="a")
     with pytest.raises(t.UserError, match=r"logs/a exists already: .*RESUME=1"):
