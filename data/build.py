@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import shards
 from documents import FORMATS, PACKED, Batch, Options, Rejected, find_sources, parse_batch, read_batches
-from parallel import in_order, interrupts_held_back
+from parallel import available_cores, in_order, interrupts_held_back
 from shards import BOS_ID, BYTE_VOCAB_SIZE, EOS_ID, PAD_ID, UNK_ID, DataError, Progress
 
 SHARD_TOKENS = 100_000_000  # as in the challenge's export
@@ -171,7 +171,8 @@ class Encoder:
         import sentencepiece
 
         try:
-            self.sp = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+            # One thread: there is a process for every core, and the library would start one more for each core in each.
+            self.sp = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes(), num_threads=1)
         except (RuntimeError, OSError) as error:
             raise DataError(f"{path} is not a SentencePiece model ({error})") from None
         self.vocab_size, self.escapes = self.sp.get_piece_size(), self.sp.normalize("a b") != "a b"
@@ -605,6 +606,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default, reading, kinds = Settings(""), Options(), ", ".join(FORMATS)
     numbers = {"type": int, "metavar": "N"}
+    cores, limit = available_cores()
     for name, options, meaning in (
         ("paths", {"nargs": "+", "metavar": "PATH"}, f"files or folders ({kinds}, .gz, .zst); - is standard input"),
         ("--name", {"required": True}, "the result is the folder data/datasets/<name>_<vocabulary>"),
@@ -622,7 +624,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         ("--text-unit", {"choices": ("file", "line", "paragraph"), "default": "file"}, "of plain text (%(default)s)"),
         ("--max-document-bytes", {"default": reading.max_document_bytes, **numbers}, "longer is bad (%(default)s)"),
         ("--licence", {"default": default.licence}, "of the documents, for the manifest"),
-        ("--jobs", {"default": os.cpu_count() or 1, **numbers}, "processes (%(default)s)"),
+        ("--jobs", {"default": cores, **numbers}, f"processes (%(default)s, the cores of {limit})"),
     ):
         parser.add_argument(name, help=meaning, **options)
     return parser.parse_args(arguments)

@@ -222,7 +222,9 @@ def read_metrics(run: Path) -> dict[str, list[dict[str, Any]]]:
     if not path.is_file():
         raise SystemExit(f"{path}: no such file; give the folder of a finished run, for example logs/demo")
     metrics: dict[str, list[dict[str, Any]]] = {event: [] for event in METRIC_KEYS}
-    for number, text in enumerate(path.read_text().splitlines(), start=1):
+    for number, text in enumerate(path.read_text().split("\n"), start=1):
+        if not text.strip():
+            continue
         try:
             line = json.loads(text)
             numbers = {key: float(line[key]) for key in METRIC_KEYS.get(line["event"], ())}

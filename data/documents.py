@@ -1,8 +1,9 @@
 """Documents out of files of many kinds, in bounded memory: what is no document is said with file, line and reason.
 
 A document is a JSON line's text (`.jsonl`), a row's (`.parquet`), or a plain text file, its lines or its paragraphs
-(`.txt`); `.gz` and `.zst` are unpacked on the way, folders are read in order of their paths. Batches are cut from the
-bytes alone, so they are the same in every pass over the same files, however many processes work on them."""
+(`.txt`); `.gz` and `.zst` are unpacked on the way, folders are read in order of their paths. A blank line is no
+document, but counts: places are the lines that an editor shows. Batches are cut from the bytes alone, so they are the
+same in every pass over the same files, however many processes work on them."""
 
 from __future__ import annotations
 
@@ -190,7 +191,7 @@ def split_stream(stream: BinaryIO, kind: str, options: Options) -> Iterator[tupl
             paragraph, size = [], 0
         elif not joined:
             yield place, line, ""
-        elif line.strip():
+        elif not is_blank(line):
             begin, size = place if not paragraph else begin, size + len(line)
             paragraph.append(line if size < limit else b"")  # what is too long already is not held
         elif paragraph:
@@ -198,6 +199,11 @@ def split_stream(stream: BinaryIO, kind: str, options: Options) -> Iterator[tupl
             paragraph, size = [], 0
     if paragraph:
         yield (begin, b"".join(paragraph), "") if size < limit else (begin, None, too_long(size, options))
+
+
+def is_blank(line: bytes) -> bool:
+    """Returns whether a line shows nothing: white space of any kind, or a byte order mark."""
+    return not line.removeprefix(codecs.BOM_UTF8).decode(errors="replace").strip()
 
 
 def too_long(num_bytes: int, options: Options) -> str:
@@ -230,18 +236,22 @@ def parse_batch(batch: Batch, options: Options) -> tuple[list[str], list[Rejecte
             text, reason = parse_piece(piece, batch.source.format, options)
         if reason:
             rejected.append(Rejected(str(batch.source.path), place, reason))
-        else:
+        elif text is not None:
             texts.append(text)
     return texts, rejected
 
 
 def parse_piece(piece: Any, kind: str, options: Options) -> tuple[str | None, str]:
-    """Returns (text, "") or (None, the reason why there is none)."""
+    """Returns (text, ""), (None, the reason why there is none), or (None, "") of a blank line."""
+    has_lines = kind == "jsonl" or (kind == "text" and options.text_unit != "file")
+    if has_lines and is_blank(piece):
+        return None, ""
     try:
-        if kind == "jsonl":
-            value = json.loads(piece.decode())  # strict: json itself would guess UTF-16
-            piece = value[options.text_key] if isinstance(value, dict) else None
+        # A byte order mark may begin any line, where files were put together. JSON is UTF-8: json itself would guess.
         text = piece.removeprefix(codecs.BOM_UTF8).decode() if isinstance(piece, bytes) else piece
+        if kind == "jsonl":
+            value = json.loads(text)
+            text = value[options.text_key] if isinstance(value, dict) else None
         if not isinstance(text, str):
             return None, f"no text under the key {options.text_key}"
         num_bytes = len(text.encode())
@@ -250,7 +260,7 @@ def parse_piece(piece: Any, kind: str, options: Options) -> tuple[str | None, st
     except UnicodeEncodeError as error:
         return None, f"no Unicode text (a lone surrogate at character {error.start})"
     except json.JSONDecodeError as error:
-        return None, "an empty line" if not piece.strip() else f"no JSON ({error.msg} at character {error.pos})"
+        return None, f"no JSON ({error.msg} at character {error.pos})"
     except KeyError:
         return None, f"no key {options.text_key}"
     except (ValueError, RecursionError) as error:  # numbers and nesting beyond what Python's parser takes

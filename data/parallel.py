@@ -1,4 +1,5 @@
-"""Work on many items in several processes, with results in order, bounded memory, and an end that never waits.
+"""Work on many items in several processes, with results in order, bounded memory, and an end that never waits; and how
+many processes there is room for.
 
 The standard library's executors were tried first. Interrupted at the wrong moment they wait for ever (one in ten tries
 on CPython 3.11): queues and locks are shared, and their owner may be gone. Here each process has a pipe of its own."""
@@ -6,17 +7,77 @@ on CPython 3.11): queues and locks are shared, and their owner may be gone. Here
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from shards import DataError
 
 AHEAD = 4  # items a process that may be under way, or wait for an earlier one's result
 END = object()
+CGROUPS = Path("/sys/fs/cgroup")  # where Linux tells what control groups may use,
+OWN_CGROUPS = Path("/proc/self/cgroup")  # and which ones are this process's
+
+
+# ---- the cores that there are: by the rule of section 2 of train_gpt.py, whose import takes seconds ------------------
+
+
+def core_limits() -> dict[str, int]:
+    """Returns how many cores this process may use, by what says so: the machine, its affinity mask, and the quotas of
+    its control groups and of those around them, of version 1 or 2."""
+    limits = {"the machine": os.cpu_count() or 1}
+    if hasattr(os, "sched_getaffinity"):
+        limits["the affinity mask"] = len(os.sched_getaffinity(0))
+    quotas = list(filter(None, map(cpu_quota, cgroup_folders())))
+    if quotas:
+        limits["the control group's quota"] = math.ceil(min(quotas))
+    return limits
+
+
+def cgroup_folders() -> set[Path]:
+    """Returns the folders in which this process's control groups, and those around them, may have a CPU quota."""
+    folders = {CGROUPS, CGROUPS / "cpu"}  # all that is seen of them in most containers
+    lines = ""
+    with contextlib.suppress(OSError):
+        lines = OWN_CGROUPS.read_text(errors="replace")
+    for line in lines.splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        mounts = []
+        if not controllers:  # version 2
+            mounts = [CGROUPS, CGROUPS / "unified"]
+        elif "cpu" in controllers.split(","):
+            mounts = [CGROUPS / "cpu", CGROUPS / controllers]
+        for mount in mounts:
+            own = mount / group.strip("/")
+            folders |= {own, *own.parents}
+    return folders
+
+
+def cpu_quota(folder: Path) -> float:
+    """Returns the cores that a control group may use at a time; 0 where it has no limit, or says none."""
+    version_1 = [folder / f"cpu.cfs_{name}_us" for name in ("quota", "period")]
+    for paths in ([folder / "cpu.max"], version_1):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # no limit is max, or -1
+            quota, period = " ".join(path.read_text() for path in paths).split()
+            return max(0.0, int(quota) / int(period))
+    return 0.0
+
+
+def available_cores() -> tuple[int, str]:
+    """Returns the number of cores that this process may use, and which of `core_limits` it is."""
+    limits = core_limits()
+    tightest = min(limits, key=limits.__getitem__)
+    return limits[tightest], tightest
+
+
+# ---- the processes ---------------------------------------------------------------------------------------------------
 
 
 def in_order(make: Callable[[], Any], method: str, items: Iterable[Any], jobs: int) -> Iterator[Any]:

@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 import shards
 from build import Encoder
-from parallel import in_order
+from parallel import available_cores, in_order
 from shards import BOS_ID, HEADER_BYTES, PIECE_BYTES, ROOT, UNK_ID, DataError, Progress
 
 SHOWN = 5  # findings of a check
@@ -250,7 +250,9 @@ class Folder:
     def look(self, jobs: int, everything: bool) -> None:
         """Reads all shards, validation first: training documents are looked up among its documents."""
         sizes, hashes = self.num_tokens.values(), None
-        jobs = jobs or min(os.cpu_count() or 1, 1 + 2 * sum(sizes) // PROCESS_BYTES)
+        if not jobs:
+            cores, _ = available_cores()
+            jobs = min(cores, 1 + 2 * sum(sizes) // PROCESS_BYTES)
         progress = Progress("looking at shards", sum(sizes), "M tokens", 1e-6)
         for split in reversed(shards.SPLITS):
             paths = [path if path in self.num_tokens else None for path in self.paths[split]]
@@ -492,9 +494,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     default = ROOT / "datasets" / "fineweb10B_sp1024"
     parser.add_argument("folder", nargs="?", type=Path, default=default, help="of shards (%(default)s)")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="where no manifest names it")
-    parser.add_argument(
-        "--jobs", type=int, default=0, metavar="N", help="processes (one a core, fewer for little data)"
-    )
+    cores, limit = available_cores()
+    jobs_help = f"processes ({cores}, the cores of {limit}; fewer for little data)"
+    parser.add_argument("--jobs", type=int, default=0, metavar="N", help=jobs_help)
     parser.add_argument("--all", action="store_true", help="decode all training documents, not a sample")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args(arguments)

@@ -50,6 +50,13 @@ TINY = {
 }
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Returns the processes of `-n auto`, unless the user has said: xdist knows nothing of a container's quota."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    return t.available_cores()
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No setting of the caller's shell reaches a test; there is one thread; torch's generator stays as it is."""

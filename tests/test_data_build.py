@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import build
+import demo
 import documents
 import numpy as np
 import parallel
@@ -186,7 +187,7 @@ def test_the_challenges_tokenizer_gives_the_published_tokens(make: Callable) -> 
     published = {}
     for split in ("train", "val"):
         tokens = np.concatenate(
-            [t.load_data_shard(path) for path in sorted((SHARED / "bench_web").glob(f"*_{split}_*.bin"))]
+            [t.load_data_shard(path)[:] for path in sorted((SHARED / "bench_web").glob(f"*_{split}_*.bin"))]
         )
         published[split] = {part.tobytes() for part in np.split(tokens, np.flatnonzero(tokens == 1)[1:])}
     head = SHARED / "documents/fineweb_train_head.jsonl"
@@ -444,7 +445,6 @@ BAD_LINES = {  # what stands in a line, why it is no document
     b'{"text": "\xff\xfe"}': r"no UTF-8 \(byte 0xff at 10\)",
     b'{"text": "\\ud800"}': "no Unicode text",
     b'{"text": " \\n "}': "an empty document",
-    b"": "an empty line",
     b"\x00\x01\x02\x03": "no JSON",
     b"[" * 20_000: "no JSON",
     b'{"text": "' + b"x" * 5000 + b'"}': r"too long \(5,000 bytes, --max-document-bytes is 4,000",
@@ -476,6 +476,63 @@ def test_bad_lines_are_named_counted_and_never_land_in_a_shard(
     built = make(path, max_document_bytes=4000, bad="skip", dedup="none")
     assert sorted(texts_of(built, "train") + texts_of(built, "val")) == sorted(built.encoder.normalize(good))
     assert sum(built.manifest["rejected"].values()) == len(bad) and (built.folder / "rejected.jsonl").exists()
+
+
+BOM = b"\xef\xbb\xbf"
+BLANK_LINES = [b"", b" ", b"\t \r", b"\r", b"\x0b\x0c", BOM, BOM + b" \r", "\u00a0\u3000\u2028".encode()]
+PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n\r\n", b"\n\n\n \n", b"\r\n" * 40_000, b"\n" + BOM])
+@pytest.mark.parametrize("unit", ["json", "line", "paragraph"])
+def test_blank_lines_are_no_documents_and_are_counted_as_an_editor_does(
+    unit: str, end: bytes, packer: str, tmp_path: Path
+) -> None:
+    """They stand before, between and after three documents; the last but one is none, which is named by its line."""
+    kind, good, bad = ("jsonl", b'{"text": "%d"}', b"{") if unit == "json" else ("text", b"%d", b"\xff")
+    lines = [*BLANK_LINES, good % 1, *BLANK_LINES, BOM + good % 2, b"", bad, b"", good % 3]
+    content = b"\n".join(lines)
+    path = tmp_path / f"a.data{packer}"
+    path.write_bytes(PACKERS[packer](content + end))
+    options = documents.Options(format=kind, text_unit=unit if kind == "text" else "file")
+    sources, _ = documents.find_sources([path], options)
+    parts = [documents.parse_batch(batch, options) for batch in documents.read_batches(sources, options)]
+    assert [text.strip() for texts, _ in parts for text in texts] == ["1", "2", "3"]
+    assert [found.line for _, rejected in parts for found in rejected] == [lines.index(bad) + 1]
+
+
+def test_a_file_with_blank_lines_is_built_like_one_without(make: Callable, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text}).encode() for text in TEXTS]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "b.jsonl").write_bytes(b"\r\n\r\n" + b"\r\n \r\n".join(lines) + b"\n" * 3_000_000)  # whole batches
+    expected, found = (make(tmp_path / f"{name}.jsonl", name=name, dedup="none") for name in "ab")
+    for split in ("train", "val"):
+        assert texts_of(found, split) == texts_of(expected, split)
+    assert found.manifest["rejected"] == {}
+    assert not (found.folder / "rejected.jsonl").exists()
+
+
+def test_a_file_of_blank_lines_holds_no_documents(make: Callable, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\r\n" * 9)
+    with pytest.raises(shards.DataError, match="there are no documents in"):
+        make(tmp_path / "a.jsonl")
+    (tmp_path / "a.txt").write_bytes(b"\r\n" * 9)  # as one document it is an empty one
+    with pytest.raises(shards.DataError, match="1 places hold no document"):
+        make(tmp_path / "a.txt")
+
+
+def test_blank_lines_in_the_metrics_of_a_demonstration_are_passed_over(tmp_path: Path) -> None:
+    events = [{"event": "train", "step": 1, "train_loss": 6.9}, {"event": "final", "val_loss": 3.0, "val_bpb": 2.0}]
+    lines = ["", *map(json.dumps, events), " ", "no JSON"]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\r\n\n")
+    assert {event: len(found) for event, found in demo.read_metrics(tmp_path).items() if found} == {
+        "train": 1,
+        "final": 1,
+    }
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    with pytest.raises(SystemExit, match="metrics.jsonl:5: not a metrics line"):
+        demo.read_metrics(tmp_path)
 
 
 def test_bad_files_are_named_and_the_others_are_read(make: Callable, tmp_path: Path) -> None:
@@ -740,7 +797,6 @@ def test_the_trainer_needs_no_further_settings(
     for name, value in given.items():
         if name != "vocab_size":
             monkeypatch.setenv(name.upper(), str(value))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))  # a thread: more wait for each other on a busy machine
     monkeypatch.chdir(tmp_path)
     t.main()
     lines = [json.loads(line) for line in Path("logs/a/metrics.jsonl").read_text().splitlines()]

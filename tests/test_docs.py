@@ -1,4 +1,5 @@
-"""What the pages and the files of settings tell the reader to type, open or look up is there.
+"""What the pages and the files of settings tell the reader to type, open or look up is there; and what `make` does with
+paths, with files of settings from Windows, and with processes that fail.
 
 Nothing here knows a sentence, a table or a heading: pages may be written anew. What is checked is taken from them."""
 
@@ -7,9 +8,13 @@ from __future__ import annotations
 import ast
 import builtins
 import fnmatch
+import functools
+import os
 import re
 import shlex
-from collections.abc import Iterator
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -251,3 +256,100 @@ def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
         target = page.parent / path if path else page
         assert target.exists(), link
         assert not anchor or target.suffix != ".md" or anchor in anchors(target), link
+
+
+# ---------------------------------------------------------------------------------------------------------- make
+needs_make = pytest.mark.skipif(not shutil.which("make") or not shutil.which("bash"), reason="make or bash is missing")
+MADE_ALREADY = [option for name in ("setup", ".venv/run", ".venv/tools", ".venv/data") for option in ("-o", name)]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `make` in a checkout whose path has a space and an umlaut. Its python prints its arguments, one a line, and
+    knows of two GPUs."""
+    folder = tmp_path / "wü rk"
+    shutil.copytree(ROOT / "records" / "env", folder / "records" / "env")
+    shutil.copy(ROOT / "Makefile", folder)
+    python = folder / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/bash\ncase "$2" in *device_count*) echo 2;; *) printf "<%s>\\n" "$@";; esac\n')
+    python.chmod(0o755)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["make", "-s", *MADE_ALREADY, "BIN=bin", *arguments]
+        environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, check=False)
+
+    run.folder = folder
+    return run
+
+
+@needs_make
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["report", "RUN=logs/a logs/b"], ["records/report.py", "logs/a", "logs/b"]),
+        (["report", "RUN='logs/a b' logs/c"], ["records/report.py", "logs/a b", "logs/c"]),
+        (["report", 'RUN="logs/a b" logs/c'], ["records/report.py", "logs/a b", "logs/c"]),
+        (["audit", "RUN='logs/ä b'"], ["records/audit.py", "logs/ä b"]),
+        (["audit", "RUN=logs/a\\ b"], ["records/audit.py", "logs/a b"]),
+        (["verify-data", "DATA=data/my set"], ["data/verify.py", "data/my set"]),
+        (["verify-data"], ["data/verify.py"]),
+    ],
+)
+def test_a_folder_with_a_space_in_it_reaches_the_tool_as_one(
+    arguments: list[str], expected: list[str], make: Callable
+) -> None:
+    done = make(*arguments)
+    assert (done.returncode, done.stdout.splitlines()) == (0, [f"<{word}>" for word in expected]), done
+
+
+@needs_make
+@pytest.mark.parametrize("target", ["report", "audit"])
+def test_a_tool_that_needs_runs_says_so(target: str, make: Callable) -> None:
+    done = make(target)
+    assert done.returncode == 2
+    assert done.stdout.startswith(f"make {target} needs RUN, folders of ")
+
+
+@needs_make
+@pytest.mark.parametrize("target", ["train", "bench", "submission-demo", "demo"])
+@pytest.mark.parametrize("kind", ["line ends", "byte order mark"])
+def test_make_refuses_settings_that_a_shell_cannot_read_and_says_how_to_mend_them(
+    kind: str, target: str, make: Callable
+) -> None:
+    """Every value would end in a carriage return. A mark before the first comment makes a command of it: make ran the
+    demonstration where `make demo` stood there in backticks."""
+    name = "demo" if target == "demo" else "mine"
+    path = make.folder / "records" / "env" / f"{name}.env"
+    good = b"# As `touch oops` has it.\nSEED=7\n"
+    path.write_bytes(good.replace(b"\n", b"\r\n") if kind == "line ends" else b"\xef\xbb\xbf" + good)
+    names = {"demo": [], "submission-demo": [f"CONFIG={name}"]}.get(target, [f"CONFIG=toy {name}"])
+    arguments = [target, *names]
+    done = make(*arguments)
+    assert done.returncode == 2
+    said, mending = done.stdout.splitlines()
+    assert said.startswith(f"records/env/{name}.env has the line ends of Windows (CR LF) or a byte order mark")
+    assert not (make.folder / "oops").exists()
+    subprocess.run(["bash", "-c", mending], cwd=make.folder, check=True)
+    assert path.read_bytes() == good
+    assert "line ends of Windows" not in make(*arguments).stdout
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is missing")
+def test_git_leaves_the_line_ends_of_what_shells_and_python_read(tmp_path: Path) -> None:
+    """Git for Windows is installed with core.autocrlf=true, and its checkouts are also used from WSL and containers."""
+    shutil.copy(ROOT / ".gitattributes", tmp_path)
+    contents = {name: b"one\ntwo\n" for name in ("toy.env", "Makefile", "run", "script.py", "README.md", "a.svg")}
+    contents |= {name: b"one\ntwo\r\n" for name in ("val.bin", "bpe.model", "a.parquet", "a.png")}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    environment = {"PATH": os.environ["PATH"], "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+    git = functools.partial(subprocess.run, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    git(["git", "init"])
+    git(["git", "config", "core.autocrlf", "true"])
+    git(["git", "add", "."])
+    for name in contents:
+        (tmp_path / name).unlink()
+    git(["git", "checkout", "--", "."])
+    assert {name: (tmp_path / name).read_bytes() for name in contents} == contents
