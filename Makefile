@@ -4,6 +4,15 @@ BIN := .venv/bin
 CONFIG ?=
 SHELL := /bin/bash
 
+# The shell would take the carriage returns of Windows' line ends into the values, and a byte order mark for a command.
+# $(call unix_text,NAMES) ends with a message where a file of settings has them.
+define unix_text
+@for file in $(1:%=records/env/%.env); do \
+if grep -q -e $$'\r' -e $$'^\xef\xbb\xbf' $$file; then \
+echo "$$file has the line ends of Windows (CR LF) or a byte order mark, which a shell cannot read. This removes them:"; \
+echo "    sed -i.bak \$$'1s/^\xef\xbb\xbf//; s/\r\$$//' $$file"; exit 2; fi; done
+endef
+
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 17
 
@@ -28,6 +37,7 @@ setup: .venv/run ## make .venv with what training needs
 	@touch $@
 
 demo: setup ## train, export, score and adapt a small model on this machine: about 3 minutes on 2 cores
+	$(call unix_text,demo)
 	$(BIN)/python data/demo.py
 	$(if $(RESUME),,rm -rf logs/demo)
 	set -a && source records/env/demo.env && set +a && RUN_ID=demo $(BIN)/python train_gpt.py
@@ -37,10 +47,11 @@ data: .venv/data ## fetch the published export: make data VARIANT=sp1024 TRAIN_S
 	$(BIN)/python data/download.py $(if $(VARIANT),--variant $(VARIANT)) $(if $(TRAIN_SHARDS),--train-shards $(TRAIN_SHARDS))
 
 verify-data: .venv/run ## look at every shard of a folder: make verify-data DATA=data/datasets/mine_sp4096
-	$(BIN)/python data/verify.py $(DATA)
+	$(BIN)/python data/verify.py $(if $(DATA),"$(DATA)")
 
 train: setup ## train one of the systems in records/env/ on all GPUs here: make train CONFIG=pr1092, or CONFIG="pr1092 toy"
 	@test -n "$(CONFIG)" && ls $(CONFIG:%=records/env/%.env) > /dev/null 2>&1 || { echo "CONFIG=$(CONFIG): make train needs CONFIG, of: $$(cd records/env && ls *.env | sed 's/.env//' | xargs)"; exit 2; }
+	$(call unix_text,$(CONFIG))
 	@given=$$(export -p); set -a; for name in $(CONFIG); do source records/env/$$name.env || exit; done; \
 	set +a; theirs=$$(env | sort); eval "$$given"; \
 	comm -13 <(echo "$$theirs") <(env | sort) | grep -v '^_=' | sed 's/^/set by you, so the file does not count: /'; \
@@ -51,12 +62,13 @@ train: setup ## train one of the systems in records/env/ on all GPUs here: make 
 fidelity: setup ## compare the four systems with the published scripts at a small size: half an hour on 2 cores
 	$(BIN)/python records/fidelity.py
 
-audit: setup ## prove that a finished run kept the rules: make audit RUN=logs/demo
-	@test -n "$(RUN)" || { echo "make audit needs RUN, folders of finished runs: make audit RUN=logs/demo"; exit 2; }
+# RUN goes to the shell as it is, which takes a folder with a space in it in quotes: RUN="logs/a 'logs/b c'".
+audit: setup ## prove that a finished run kept the rules: make audit RUN=logs/demo, or RUN="'logs/with space' logs/demo"
+	$(if $(RUN),,@echo "make audit needs RUN, folders of finished runs: make audit RUN=logs/demo"; exit 2)
 	$(BIN)/python records/audit.py $(RUN)
 
-report: .venv/tools ## draw runs, one page that needs no network: make report RUN="logs/a logs/b"
-	@test -n "$(RUN)" || { echo "make report needs RUN, folders of runs: make report RUN=logs/demo"; exit 2; }
+report: .venv/tools ## draw runs, one page that needs no network: make report RUN="logs/a logs/b 'logs/with space'"
+	$(if $(RUN),,@echo "make report needs RUN, folders of runs: make report RUN=logs/demo"; exit 2)
 	$(BIN)/python records/report.py $(RUN)
 
 architecture: setup ## draw records/architecture.svg anew from the defaults of train_gpt.py
@@ -64,6 +76,7 @@ architecture: setup ## draw records/architecture.svg anew from the defaults of t
 
 DEMO_RUNS := logs/demo-seed1 logs/demo-seed2 logs/demo-seed3
 submission-demo: .venv/tools ## three seeds of the demonstration, audited, packaged, checked and drawn: about 9 minutes on 2 cores
+	$(call unix_text,$(or $(CONFIG),demo))
 	$(BIN)/python data/demo.py
 	rm -rf $(DEMO_RUNS) logs/submission-demo
 	set -a && source records/env/$(or $(CONFIG),demo).env && for seed in 1 2 3; do \
@@ -74,6 +87,7 @@ submission-demo: .venv/tools ## three seeds of the demonstration, audited, packa
 
 bench: .venv/run ## time a step and its parts, scoring, export, start-up on this machine: make bench CONFIG=pr1092 VS=MLP_KERNEL=plain
 	@test -z "$(CONFIG)" || ls $(CONFIG:%=records/env/%.env) > /dev/null 2>&1 || { echo "CONFIG=$(CONFIG): not of: $$(cd records/env && ls *.env | sed 's/.env//' | xargs)"; exit 2; }
+	$(call unix_text,$(CONFIG))
 	@set -a; for name in $(CONFIG); do source records/env/$$name.env || exit; done; \
 	$(BIN)/python tests/bench.py $(if $(VS),--vs $(VS)) $(if $(STAGES),--stages $(STAGES))
 

@@ -21,6 +21,14 @@ A `loss` is a mean in nats per token, `bpb` is bits per byte of text. Attention 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+CODE = Path(__file__).resolve()  # this script
+# What runs, whatever happens to the file later: an editor may save it, or git switch to another branch, while it does.
+# Read before `import torch`, which takes seconds.
+SCRIPT = CODE.read_bytes()
+
 import base64
 import collections
 import concurrent.futures
@@ -28,28 +36,30 @@ import contextlib
 import copy
 import ctypes
 import difflib
+import errno
 import functools
 import hashlib
 import importlib
 import inspect
 import json
+import linecache
 import lzma
 import math
 import os
 import platform
 import re
 import selectors
+import shutil
 import signal
 import socket
 import struct
-import sys
+import tempfile
 import threading
 import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
@@ -60,7 +70,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-CODE = Path(__file__).resolve()  # this script
+# Where Triton and tracebacks look for a source; an entry without a time is never read again. That of a packed script,
+# whose source has another name, is there.
+SOURCE_NAME = sys._getframe().f_code.co_filename
+if Path(SOURCE_NAME).resolve() == CODE:
+    linecache.cache[SOURCE_NAME] = len(SCRIPT), None, SCRIPT.decode().splitlines(True), SOURCE_NAME
 # The challenge's limits.
 SIZE_LIMIT_BYTES = 16_000_000
 TRAIN_LIMIT_SECONDS = 600.0
@@ -113,7 +127,7 @@ class Knob:
             return _parse_number(value, self.kind, low, high)
         except (ValueError, OverflowError):
             fix = f"it must be {self._form()} (default {self.default}): {self.meaning}"
-            raise UserError(f"{name.upper()}={value} is not allowed, {fix}") from None
+            raise UserError(f"{name.upper()}={printable(value)} is not allowed, {fix}") from None
 
     def _form(self) -> str:
         """Return what is allowed, in words."""
@@ -125,6 +139,13 @@ class Knob:
             return f"one of {', '.join(self.allowed)}"
         low, high = self.allowed
         return f"of type {self.kind.__name__}, from {low} to {high}"
+
+
+def printable(value: Any) -> str:
+    """Return a value as text; with quotes and escapes where it has control characters, as the \\r of a file from
+    Windows, which would overwrite the line that names it."""
+    text = str(value)
+    return text if text.isprintable() else repr(text)
 
 
 def _parse_bool(value: Any) -> bool:
@@ -216,6 +237,7 @@ class Hyperparameters:
     checkpoint_every = Knob(
         120.0, (0.0, 1e9), "seconds between the checkpoints of a training, for RESUME; 0: one at its end only"
     )
+    fallback_dir = Knob("", None, "where results go when the run's folder is full; empty: the temporary folder")
     audit = Knob(False, None, "prove that the finished run kept the rules: records/audit.py, compliance.json")
     smoke = Knob(False, None, "only run the untrained model on random tokens and print one line")
     # training
@@ -453,30 +475,70 @@ def read_environment(knobs: Iterable[str]) -> dict[str, str]:
 
 
 # =================================================== 2  RUNTIME =======================================================
-CGROUPS = Path("/sys/fs/cgroup")  # where Linux tells a container its limits
+CGROUPS = Path("/sys/fs/cgroup")  # where Linux tells what control groups may use,
+OWN_CGROUPS = Path("/proc/self/cgroup")  # and which ones are this process's
 # Of a pass where there is no CUDA. On a CPU, 16,384 would take four times the memory and save 1 to 3% of a step, and
 # 1,024 would add 4 to 20% (records/env/bench.env on 2 cores of AMD Zen 4, compiled and not).
 SMALL_PASS_TOKENS = 4096
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory|bad_alloc|ALLOC_FAILED")
 
 
-def available_cores() -> int:
-    """Return the number of cores that this process may use: its affinity mask's, or fewer by a container's quota.
-
-    `os.cpu_count` is the whole machine's: 64 threads on a quota of 4 cores mostly wait for each other.
-    """
-    cores = os.cpu_count() or 1
+def core_limits() -> dict[str, int]:
+    """Return how many cores this process may use, by what says so: the machine, its affinity mask, and the quotas of
+    its control groups and of those around them, of version 1 or 2."""
+    limits = {"the machine": os.cpu_count() or 1}
     if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    version_1 = (CGROUPS / "cpu" / f"cpu.cfs_{name}_us" for name in ("quota", "period"))
-    for paths in ([CGROUPS / "cpu.max"], version_1):
-        try:
+        limits["the affinity mask"] = len(os.sched_getaffinity(0))
+    quotas = list(filter(None, map(cpu_quota, cgroup_folders())))
+    if quotas:
+        limits["the control group's quota"] = math.ceil(min(quotas))
+    return limits
+
+
+def cgroup_folders() -> set[Path]:
+    """Return the folders in which this process's control groups, and those around them, may have a CPU quota."""
+    folders = {CGROUPS, CGROUPS / "cpu"}  # all that is seen of them in most containers
+    lines = ""
+    with contextlib.suppress(OSError):
+        lines = OWN_CGROUPS.read_text(errors="replace")
+    for line in lines.splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        mounts = []
+        if not controllers:  # version 2
+            mounts = [CGROUPS, CGROUPS / "unified"]
+        elif "cpu" in controllers.split(","):
+            mounts = [CGROUPS / "cpu", CGROUPS / controllers]
+        for mount in mounts:
+            own = mount / group.strip("/")
+            folders |= {own, *own.parents}
+    return folders
+
+
+def cpu_quota(folder: Path) -> float:
+    """Return the cores that a control group may use at a time; 0 where it has no limit, or says none."""
+    version_1 = [folder / f"cpu.cfs_{name}_us" for name in ("quota", "period")]
+    for paths in ([folder / "cpu.max"], version_1):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # no limit is max, or -1
             quota, period = " ".join(path.read_text() for path in paths).split()
-        except (OSError, ValueError):
-            continue
-        if quota.isdigit():  # no limit is max, or -1
-            cores = min(cores, math.ceil(int(quota) / int(period)))
-    return max(1, cores)
+            return max(0.0, int(quota) / int(period))
+    return 0.0
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use: `os.cpu_count` is the whole machine's, and 64 threads on a
+    quota of 4 cores mostly wait for each other."""
+    return max(1, min(core_limits().values()))
+
+
+def is_set_by_launcher(name: str) -> bool:
+    """Whether this process has a variable that its parent, a launcher, was not started with. Linux tells; elsewhere,
+    the launcher is taken to have set it."""
+    parent = Path(f"/proc/{os.getppid()}/environ")
+    try:
+        return not any(entry.startswith(f"{name}=".encode()) for entry in parent.read_bytes().split(b"\0"))
+    except OSError:
+        return True
 
 
 def keep_freed_memory() -> None:
@@ -503,6 +565,178 @@ def refuse_kernels(h: Hyperparameters) -> None:
             raise UserError(f"{knob}={value} needs bfloat16 on an NVIDIA GPU (Ampere or newer): set {knob}=auto")
 
 
+class Launch(NamedTuple):
+    """The place of this process among those of its run, as torchrun or another launcher has set it."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0  # among the processes of this machine; -1: not set
+    local_world_size: int = 1
+    host: str = ""  # of rank 0, where the others find it
+    port: int = 0
+
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# Launchers of many processes that set none of these, and the variable with the number of processes.
+OTHER_LAUNCHERS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
+
+
+def read_launch() -> Launch:
+    """Return this process's place. Raise UserError unless the launcher's variables make sense together: with a RANK
+    that is left over from another run, a process would train a model of zeros, or wait for others for ever."""
+    given = {name: os.environ[name] for name in RANK_VARIABLES if name in os.environ}
+    if not given:
+        for launcher, variable in OTHER_LAUNCHERS.items():
+            number = os.environ.get(variable, "")
+            if number.isdecimal() and int(number) > 1:
+                raise UserError(
+                    f"{launcher} has started {number} processes, which do not know of each other (RANK and WORLD_SIZE "
+                    "are not set): have it start one torchrun on each machine"
+                )
+        return Launch()
+    numbers = {name: launch_number(name, given) for name in given}
+    with_pair = "LOCAL_RANK" in given or "LOCAL_WORLD_SIZE" in given
+    for name in RANK_VARIABLES if with_pair else RANK_VARIABLES[:2]:
+        if name not in given:
+            raise launch_error(f"{name} is not set", given)
+    world_size, rank = numbers["WORLD_SIZE"], numbers["RANK"]
+    local_rank, local_world_size = numbers.get("LOCAL_RANK", -1), numbers.get("LOCAL_WORLD_SIZE", 1)
+    if not 1 <= local_world_size <= world_size:
+        raise launch_error("the numbers of processes are not 1 <= LOCAL_WORLD_SIZE <= WORLD_SIZE", given)
+    if rank >= world_size:
+        raise launch_error("RANK is not below WORLD_SIZE", given)
+    if local_rank >= local_world_size:
+        raise launch_error("LOCAL_RANK is not below LOCAL_WORLD_SIZE", given)
+    if world_size == 1:
+        return Launch()
+    given |= {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
+    host = given.get("MASTER_ADDR", "").strip()
+    if not host:
+        raise launch_error("MASTER_ADDR, the machine of rank 0, is not set", given)
+    port = launch_number("MASTER_PORT", given)
+    if not 1 <= port <= 65_535:
+        raise launch_error("MASTER_PORT is not from 1 to 65535", given)
+    return Launch(rank, world_size, local_rank, local_world_size, host, port)
+
+
+def launch_number(name: str, given: dict[str, str]) -> int:
+    """Return the number that a variable of the launcher has."""
+    text = given.get(name, "")
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise launch_error(f"{name} is {'no whole number' if text else 'empty or not set'}", given)
+    return int(text)
+
+
+def launch_error(what: str, given: dict[str, str]) -> UserError:
+    """Return an error about the launcher's variables, with all that are set."""
+    values = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    fix = f"start with torchrun, which sets all of them; for a single process, `unset {' '.join(given)}`"
+    return UserError(f"{what} ({values}): {fix}")
+
+
+JOIN_SECONDS = 300.0  # that a process waits for the others of its run
+
+
+class Waiting:
+    """Says what this process waits for, after 3 s and then every 15 s, and raises UserError after JOIN_SECONDS."""
+
+    def __init__(self):
+        self.start = time.monotonic()
+        self.next_line = 3.0
+
+    def go_on(self, what: str, fix: str) -> None:
+        """Wait a little longer."""
+        seconds = time.monotonic() - self.start
+        if seconds > JOIN_SECONDS:
+            raise UserError(f"waited {seconds:.0f}s for {what}: {fix}")
+        if seconds > self.next_line:
+            self.next_line = seconds + 15
+            left = JOIN_SECONDS - seconds
+            tell(f"waiting for {what}; {left:.0f}s more, then this run ends")
+        time.sleep(0.1)
+
+
+def tell(line: str) -> None:
+    """Print a line for which there is no log yet."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # the terminal may be gone
+        print(f"train_gpt.py: {line}", file=sys.stderr, flush=True)
+
+
+def meet(launch: Launch) -> tuple[dist.Store, Launch]:
+    """Wait until all processes of the run are there. Return the store through which they have found each other, and
+    this process's place with its local rank. Raise UserError where they do not fit together, or do not come."""
+    waiting = Waiting()
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    where = f"MASTER_ADDR:MASTER_PORT={launch.host}:{launch.port}"
+    hosts_store = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not hosts_store:
+        wait_for_port(launch, waiting, where)
+    host = "localhost" if hosts_store else launch.host
+    timeout = timedelta(seconds=JOIN_SECONDS)
+    try:
+        store = dist.TCPStore(host, launch.port, is_master=hosts_store, wait_for_workers=False, timeout=timeout)
+        store = dist.PrefixStore(store_prefix(launch), store)
+        if launch.rank == 0:
+            store.set("world size", str(launch.world_size))
+        world_size = int(store.get("world size"))
+        if world_size != launch.world_size:
+            raise UserError(
+                f"WORLD_SIZE={launch.world_size}, but rank 0 at {where} has {world_size}: give all the same"
+            )
+        store.set(f"host {launch.rank}", host_name())
+        if store.add(f"rank {launch.rank}", 1) > 1 and not by_torchrun:
+            raise UserError(f"two processes at {where} have RANK={launch.rank}: give each its own")
+        wait_for_ranks(launch, store, waiting, where)
+        hosts = store.multi_get([f"host {rank}" for rank in range(launch.world_size)])
+    except (RuntimeError, ValueError) as error:  # all errors of a store are RuntimeErrors
+        reason = str(error).partition("\n")[0]
+        fix = "another run may be using the port, choose another MASTER_PORT"
+        raise UserError(f"rank {launch.rank} cannot join the others at {where} ({reason}): {fix}") from None
+    if launch.local_rank < 0:
+        own = hosts[launch.rank]
+        launch = launch._replace(local_rank=hosts[: launch.rank].count(own), local_world_size=hosts.count(own))
+    return store, launch
+
+
+def store_prefix(launch: Launch) -> str:
+    """Return what tells the keys of a restarted run from those that it had before: otherwise a process would find the
+    addresses of those before the restart (pytorch#135712). On several nodes, whose launchers count for themselves, only
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps."""
+    if launch.world_size != launch.local_world_size:
+        return "run"
+    return f"run, restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def host_name() -> str:
+    """Return what tells this machine from others, and containers on one machine from each other."""
+    boot = ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    return f"{platform.node()} {boot}"
+
+
+def wait_for_port(launch: Launch, waiting: Waiting, where: str) -> None:
+    """Wait until something answers where rank 0 should be."""
+    while True:
+        try:
+            socket.create_connection((launch.host, launch.port), timeout=5).close()
+            return
+        except OSError as error:
+            what = f"rank 0 of {launch.world_size} at {where} ({error})"
+            waiting.go_on(what, "start it there, or correct the address")
+
+
+def wait_for_ranks(launch: Launch, store: dist.Store, waiting: Waiting, where: str) -> None:
+    """Wait until every rank has been counted."""
+    while True:
+        missing = [rank for rank in range(launch.world_size) if not store.check([f"rank {rank}"])]
+        if not missing:
+            return
+        names = ", ".join(map(str, missing[:8])) + ", …" * (len(missing) > 8)
+        what = f"{len(missing)} of {launch.world_size} processes at {where} (rank {names})"
+        waiting.go_on(what, "start them, or correct WORLD_SIZE")
+
+
 class Stopped(BaseException):
     """A signal has asked this process to end, and nothing that is worth keeping is lost."""
 
@@ -517,11 +751,12 @@ class Runtime:
     With one process every collective returns its argument, so an algorithm has one code path for 1 and N processes.
     """
 
-    def __init__(self, h: Hyperparameters):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    def __init__(self, h: Hyperparameters, launch: Launch | None = None):
+        launch = launch or read_launch()
+        self.store: dist.Store | None = None  # kept, because the others need it until their end
+        if launch.world_size > 1:
+            self.store, launch = meet(launch)
+        self.rank, self.world_size, self.local_rank, self.local_world_size, self.master, _ = launch
         self.device = self._pick_device(h.device)
         cuda = self.device.type == "cuda"
         self.sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
@@ -532,16 +767,19 @@ class Runtime:
         self.records_graphs = cuda and h.cuda_graphs
         self.graphs = weakref.WeakSet()  # that are recorded and still held
         self.lag = int(cuda)  # steps that the host may be ahead of the device
-        self.pending = None  # the number that lagged_item returns next
+        self.pending = None  # the numbers that lagged_list returns next
         self.run_dir: Path | None = None  # the run's folder, once `open_log` has it
+        self.fallback_dir = h.fallback_dir  # for what the run's folder does not take; or empty
+        self.saved: dict[str, Path] = {}  # where `save` has put what
         self.files = []  # train.log and metrics.jsonl, on rank 0
         self.dead_files = []  # that take no more lines
         self.stop_signal = 0  # the signal that has asked this run to end
         self.stop_time = 0.0
         self.finishes_steps = False  # a signal then waits for the end of the step
         self.handlers = {}  # signal -> what took care of it before
+        self.threads_by = "torch's choice"  # the reason for the number of threads
         if self.device.type == "cpu":
-            self._set_threads()
+            self.threads_by = self._set_threads()
             keep_freed_memory()
             torch.set_flush_denormal(True)
         if self.world_size > 1:
@@ -559,19 +797,17 @@ class Runtime:
         torch.manual_seed(h.seed)
 
     def _join_group(self) -> None:
-        store = None
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        uses_launchers_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        if restarts != "0" and uses_launchers_store and self.world_size == self.local_world_size:
-            # Without a prefix, this process would find the addresses of those before the restart (pytorch#135712). On
-            # several nodes, whose launchers count for themselves, only TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps.
-            port = int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(os.environ["MASTER_ADDR"], port, self.world_size, is_master=False)
-            store = dist.PrefixStore(f"restart {restarts}", store)
         # gloo beside NCCL: the host's decisions do not wait for the device. Half an hour: rank 0 exports alone.
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         timeout = timedelta(minutes=30)
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=self.rank, world_size=self.world_size)
+        fix = "if it does not, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface that leads to them"
+        slow = threading.Timer(
+            30, tell, [f"rank {self.rank} has met the others and is still connecting to them: {fix}"]
+        )
+        slow.daemon = True
+        slow.start()
+        dist.init_process_group(backend, timeout=timeout, store=self.store, rank=self.rank, world_size=self.world_size)
+        slow.cancel()
 
     def _pick_device(self, name: str) -> torch.device:
         available = {
@@ -632,11 +868,20 @@ class Runtime:
                 rows["scoring"] = min(rows["scoring"], SMALL_PASS_TOKENS // h.window)
         return {phase: max(1, count) for phase, count in rows.items()}
 
-    def _set_threads(self) -> None:
-        """Share the cores between the processes of this machine. Ignore the OMP_NUM_THREADS=1 that torchrun sets."""
-        given = os.environ.get("OMP_NUM_THREADS", "")
-        if not given or (given == "1" and self.local_world_size > 1):
-            torch.set_num_threads(max(1, available_cores() // self.local_world_size))
+    def _set_threads(self) -> str:
+        """Share the cores between the processes of this machine, unless the user has exported OMP_NUM_THREADS. Return
+        the reason for the number of threads."""
+        name = "OMP_NUM_THREADS"
+        given = os.environ.get(name, "")
+        # torchrun sets 1 where nothing is set.
+        is_torchruns = given == "1" and self.local_world_size > 1 and is_set_by_launcher(name)
+        if re.fullmatch("[1-9][0-9]*(,.*)?", given) and not is_torchruns:
+            return f"{name}={given}"
+        limits = core_limits()
+        tightest = min(limits, key=limits.__getitem__)
+        torch.set_num_threads(max(1, available_cores() // self.local_world_size))
+        shared = f", shared by {self.local_world_size} processes" * (self.local_world_size > 1)
+        return f"{limits[tightest]} cores of {tightest}{shared}"
 
     def _set_compiler_defaults(self) -> None:
         """Set what Inductor reads when it is imported, unless the user has."""
@@ -715,20 +960,22 @@ class Runtime:
 
     def on_rank0(self, function: Callable[[], bytes]) -> bytes:
         """Return on every rank the bytes that `function()` gives on rank 0: so other hosts need no copy of a file.
-        A UserError that it raises there is raised on every rank."""
+        A UserError or OSError there is a UserError on every rank."""
         data, failed = b"", False
         if self.rank == 0:
             try:
                 data = function()
             except UserError as error:
-                data, failed = str(error).encode(), True
+                data, failed = str(error).encode(errors="surrogateescape"), True
+            except OSError as error:
+                data, failed = os_error_line(error).encode(errors="surrogateescape"), True
         size, failed = self.broadcast(torch.tensor([len(data), failed])).tolist()
         buffer = torch.empty(size, dtype=torch.uint8)
         if self.rank == 0 and size:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         data = self.broadcast(buffer).numpy().tobytes()
         if failed:
-            raise UserError(data.decode())
+            raise UserError(data.decode(errors="surrogateescape"))
         return data
 
     def compile(self, function: Callable) -> Callable:
@@ -839,29 +1086,30 @@ class Runtime:
             work()
         return -self.least((start - self.now()) / calls)
 
-    def lagged_item(self, number: Tensor) -> float | None:
-        """Non-blocking `.item()`: on CUDA, return the previous call's number (None at first), so the host never waits
-        for the step that it has just launched, and is never more than one step ahead."""
+    def lagged_list(self, numbers: Tensor) -> list[float] | None:
+        """Non-blocking `.tolist()`: on CUDA, return the previous call's numbers (None at first), so the host never
+        waits for the step that it has just launched, and is never more than one step ahead."""
         if not self.lag:
-            return number.item()
-        copied = torch.empty((), dtype=number.dtype, pin_memory=True)
-        copied.copy_(number, non_blocking=True)
+            return numbers.tolist()
+        copied = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        copied.copy_(numbers, non_blocking=True)
         previous = self.pending
         self.pending = (copied, torch.cuda.current_stream().record_event())
         if previous is None:
             return None
-        value, event = previous
+        values, event = previous
         event.synchronize()
-        return value.item()
+        return values.tolist()
 
     def describe(self) -> str:
         """Return device, processes, numerics and versions on one line."""
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine()
         dtype = str(self.dtype).removeprefix("torch.")
+        threads = f"threads:{torch.get_num_threads()} ({self.threads_by})"
         return (
             f"device:{self.device.type} ({name}) processes:{self.world_size} "
             f"dtype:{dtype} compile:{int(self.compiled)} "
-            f"torch:{torch.__version__} python:{platform.python_version()} threads:{torch.get_num_threads()}"
+            f"torch:{torch.__version__} python:{platform.python_version()} {threads}"
         )
 
     def open_log(self, folder: Path) -> None:
@@ -874,7 +1122,7 @@ class Runtime:
         for name in ("train.log", "metrics.jsonl"):
             path = self.run_dir / name
             drop_half_line(path)
-            self.files.append(path.open("a", buffering=1, encoding="utf-8"))
+            self.files.append(path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace"))
         return b""
 
     def log(self, line: str) -> None:
@@ -889,7 +1137,7 @@ class Runtime:
             if file in self.dead_files:
                 continue
             try:
-                print(line, file=file, flush=True)
+                print(f"{line}\n", end="", file=file, flush=True)  # in one piece, as threads print, too
             except (OSError, ValueError) as error:  # ValueError: it is closed
                 self.dead_files.append(file)
                 self.log(f"WARNING: {getattr(file, 'name', file)} takes no more lines: {error}")
@@ -903,6 +1151,43 @@ class Runtime:
     def record(self, event: str, **fields: Any) -> None:
         """Append a JSON line to metrics.jsonl."""
         self._print(json.dumps({"event": event, **fields}), *self.files[1:])
+
+    def save(self, name: str, *pieces: bytes | memoryview) -> Path:
+        """Write a file that must not be lost, and return where it is: in the run's folder, or, where that takes nothing
+        for 10 seconds, in FALLBACK_DIR or the system's temporary folder. Try for as long as the other ranks wait."""
+        folders = [self.run_dir]
+        size = sum(map(len, pieces))
+        start = time.perf_counter()
+        num_rounds = 0
+        while True:
+            for folder in folders:
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    write_atomically(folder / name, *pieces)
+                except OSError as error:
+                    reason = os_error_line(error)
+                    continue
+                if folder is not self.run_dir:
+                    self.warn(f"{name} is in {folder}, because {self.run_dir} took no more")
+                self.saved[name] = folder / name
+                return self.saved[name]
+            if time.perf_counter() - start > SAVE_SECONDS:
+                raise UserError(f"{name} was not written for {SAVE_SECONDS:.0f}s: {reason}")
+            if num_rounds % 12 == 0:
+                self.warn(f"{reason}; trying again every {RETRY_SECONDS:.0f}s: free {size:,} bytes")
+            num_rounds += 1
+            if num_rounds == 2:
+                folders += self._other_folders()
+            time.sleep(RETRY_SECONDS)
+
+    def _other_folders(self) -> list[Path]:
+        """Return folders of this run's elsewhere."""
+        folders = []
+        if self.fallback_dir:
+            folders.append(Path(self.fallback_dir) / self.run_dir.name)
+        with contextlib.suppress(OSError):
+            folders.append(Path(tempfile.mkdtemp(prefix=f"{self.run_dir.name}-")))
+        return folders
 
     def catch_signals(self) -> None:
         """Let SIGTERM, SIGINT, SIGHUP and SIGUSR1 end this process with nothing lost: in training after the step, which
@@ -977,6 +1262,8 @@ class Runtime:
             dist.destroy_process_group()
 
 
+RETRY_SECONDS = 5.0  # between two tries to write a file
+SAVE_SECONDS = 1500.0  # for which it is tried; the other ranks wait for half an hour
 HEARTBEAT_SECONDS = 1.0
 SILENCE_SECONDS = 10.0  # from another process, after which it is gone
 ALIVE, BYE, GONE = b".", b"-", b"!"  # messages of a lifeline; others are 128 + the number of a signal
@@ -1013,7 +1300,7 @@ class Lifeline:
         port = int(rt.broadcast_from_rank0(port))
         password = rt.on_rank0(lambda: os.urandom(16))
         if server is None:
-            connection = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60)
+            connection = socket.create_connection((rt.master, port), timeout=60)
             connection.sendall(password + struct.pack("<I", rt.rank))
             self.peers[connection] = 0
             return
@@ -1280,6 +1567,54 @@ def require(module: str, otherwise: str) -> Any:
         raise UserError(f"the package {module} is missing: `pip install {module}`, {otherwise}") from None
 
 
+def os_error_line(error: OSError) -> str:
+    """Return what the system could not do with which file, and the fix where it is known, on one line."""
+    fixes = {
+        errno.ENOSPC: ": free some space there",
+        errno.EDQUOT: ": free some of your space there",
+        errno.EROFS: ": choose a folder that can be written to",
+        errno.EACCES: ": change its permissions, or choose another place",
+        errno.EMFILE: ": raise `ulimit -n`",
+    }
+    path = f"{error.filename}: " if error.filename else ""
+    return f"{path}{error.strerror or error}{fixes.get(error.errno, '')}"
+
+
+def read_file(path: Path, limit: int, name: str = "") -> bytes:
+    """Return a file's content. Raise UserError, with the name of a setting, if it is none, cannot be read, or has more
+    than `limit` bytes."""
+    setting = f"{name}={path}" if name else str(path)
+    try:
+        if path.is_dir():
+            raise UserError(f"{setting} is a folder: name a file in it")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{setting} is a pipe or a device: save its content in a file first")
+        size = path.stat().st_size
+        if size > limit:
+            raise UserError(f"{setting} has {size:,} bytes, and such files have at most {limit:,}: give the right one")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{setting} cannot be read: {os_error_line(error)}") from None
+
+
+def nearest_folder(path: Path) -> Path:
+    """Return the folder itself, or the nearest one around it that is there."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError unless files can be written into a folder, or it can be made where it is not there yet."""
+    try:
+        if folder.is_symlink() and not folder.exists():
+            raise OSError(errno.ENOENT, f"a link to {os.readlink(folder)}, which is not there", str(folder))
+        with tempfile.TemporaryFile(dir=nearest_folder(folder)) as file:
+            file.write(bytes(1024))
+    except OSError as error:
+        reason = f"{error.filename or folder}: {error.strerror}"
+        fix = "mend that, or start in another folder: a run keeps its files in logs/, below where it is started"
+        raise UserError(f"{folder.absolute()} takes no files ({reason}): {fix}") from None
+
+
 def write_atomically(path: Path, *pieces: bytes | memoryview) -> None:
     """Write to a temporary file, then rename it: nobody ever sees half a file, not even after a loss of power."""
     temporary = path.with_name(path.name + ".tmp")
@@ -1288,7 +1623,8 @@ def write_atomically(path: Path, *pieces: bytes | memoryview) -> None:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:  # the disk may be full
+    except OSError as error:  # the disk may be full
+        error.filename = error.filename or str(path)
         temporary.unlink(missing_ok=True)
         raise
     os.replace(temporary, path)
@@ -1329,6 +1665,9 @@ def drop_half_line(path: Path) -> None:
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER_BYTES = 1024
+LARGEST_JSON = 2**23  # bytes of a manifest or journal; 10,000 shards take 2 million
+LARGEST_TOKENIZER = 2**26
+SLOW_READ_SECONDS = 1.0  # that a step may wait for its tokens before it says so
 BOS = 1  # the first token of every document
 DATA_HELP = "run `python data/download.py`, or `python data/demo.py` and set DATA_PATH=./data/datasets/demo_sp1024"
 
@@ -1342,21 +1681,72 @@ def find_path(path: str | Path, variable: str) -> Path:
     raise UserError(f"{variable}={path} does not exist (searched from {Path.cwd()}): {fix}")
 
 
-def load_data_shard(path: Path) -> np.ndarray:
-    """Return a shard's tokens, uint16, memory-mapped. Raise UserError if the file is broken."""
-    size = path.stat().st_size
-    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_BYTES // 4)
-    if header.size < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(
-            f"{path} is not a token shard ({size} bytes, starts with {header[:2].tolist()}): fetch it again"
-        )
-    expected = SHARD_HEADER_BYTES + 2 * int(header[2])
-    if header[2] < 1 or size != expected:
-        state = "empty" if header[2] < 1 else "truncated" if size < expected else "oversized"
-        raise UserError(f"{path} is {state}: {size} bytes, but its header declares {expected}: fetch it again")
-    # Mapped by torch: a map made by Python would keep the file open, and there may be 10,000.
-    tokens = torch.from_file(str(path), size=size // 2, dtype=torch.uint16).numpy()
-    return tokens[SHARD_HEADER_BYTES // 2 :]
+class Shard:
+    """A shard's tokens, uint16, read from the file whenever some are asked for: shard[begin:end].
+
+    The file is not mapped into memory: one that is cut short, or on a network volume that fails, would end the process
+    without a word (SIGBUS). Nor is it kept open, as there may be more shards than a process may have files open.
+    """
+
+    TRIES = 5  # with pauses of 1, 2, 4 and 8 s
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_BYTES // 4)
+        if header.size < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+            found = f"{self.size} bytes, starts with {header[:2].tolist()}"
+            raise UserError(f"{path} is not a token shard ({found}): fetch it again")
+        expected = SHARD_HEADER_BYTES + 2 * int(header[2])
+        if header[2] < 1 or self.size != expected:
+            state = "empty" if header[2] < 1 else "truncated" if self.size < expected else "oversized"
+            raise UserError(f"{path} is {state}: {self.size} bytes, but its header declares {expected}: fetch it again")
+        self.num_tokens = int(header[2])
+        self.written = path.stat().st_mtime_ns
+        self.was_changed = False  # since it was opened first
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Return the tokens of a range. Raise UserError where the file has changed its length or cannot be read."""
+        begin, end, _ = part.indices(self.num_tokens)
+        tokens = np.empty(max(0, end - begin), "<u2")
+        for attempt in range(self.TRIES):
+            try:
+                self._read(begin, tokens)
+                return tokens
+            except OSError as error:  # a network volume may be back soon
+                failure = error
+            time.sleep(2**attempt * (attempt < self.TRIES - 1))
+        raise UserError(f"{os_error_line(failure)}, for {self.TRIES} times: is DATA_PATH still there?")
+
+    def _read(self, begin: int, tokens: np.ndarray) -> None:
+        with self.path.open("rb") as file:
+            facts = os.fstat(file.fileno())
+            if facts.st_size != self.size:
+                raise UserError(
+                    f"{self.path} had {self.size} bytes, and has {facts.st_size} now: something is writing to DATA_PATH"
+                )
+            if facts.st_mtime_ns != self.written:
+                self.was_changed = True
+            file.seek(SHARD_HEADER_BYTES + 2 * begin)
+            num_bytes = file.readinto(tokens.view(np.uint8))
+        if num_bytes != tokens.nbytes:
+            raise UserError(f"{self.path} was cut short while it was read: fetch it again")
+
+    def max(self) -> int:
+        """Return the highest token."""
+        piece = 2**24
+        return max(int(self[begin : begin + piece].max()) for begin in range(0, self.num_tokens, piece))
+
+
+def load_data_shard(path: Path) -> Shard:
+    """Return a shard. Raise UserError if the file is broken."""
+    try:
+        return Shard(path)
+    except OSError as error:
+        raise UserError(f"a shard of DATA_PATH cannot be read: {os_error_line(error)}") from None
 
 
 def apply_manifest(h: Hyperparameters) -> Hyperparameters:
@@ -1369,11 +1759,13 @@ def apply_manifest(h: Hyperparameters) -> Hyperparameters:
     if not path.exists():
         return h
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(read_file(path, LARGEST_JSON))
         tokenizer = manifest["tokenizer"]
         listed = {(name, int(entry["tokens"])) for name, entry in manifest["files"].items()}
         found = {"vocab_size": int(tokenizer["vocab_size"]), "tokenizer_path": str(folder / tokenizer["path"])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise UserError(f"{path} is not a manifest of token shards ({error!r}): rebuild or remove it") from None
     shards = [shard for split in ("train", "val") for shard in folder.glob(f"*_{split}_*.bin")]
     present = {(shard.name, (shard.stat().st_size - SHARD_HEADER_BYTES) // 2) for shard in shards}
@@ -1385,13 +1777,13 @@ def apply_manifest(h: Hyperparameters) -> Hyperparameters:
     for name in found.keys() - h.chosen:
         setattr(settings, name, h.knobs()[name].parse(name, found[name]))
     file = find_path(settings.tokenizer_path, "TOKENIZER_PATH")
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+    sha256 = hashlib.sha256(read_file(file, LARGEST_TOKENIZER, "TOKENIZER_PATH")).hexdigest()
     if sha256 != tokenizer.get("sha256"):
         raise UserError(f"TOKENIZER_PATH={file} is not the tokenizer that {path} names: unset it, or fetch it again")
     return settings
 
 
-def load_shards(h: Hyperparameters, split: str) -> list[np.ndarray]:
+def load_shards(h: Hyperparameters, split: str) -> list[Shard]:
     """Return the shards of `split`, train or val, in the order of their names. Raise UserError for a bad shard now, and
     not ten minutes into a run."""
     folder = find_path(h.data_path, "DATA_PATH")
@@ -1407,7 +1799,7 @@ def load_shards(h: Hyperparameters, split: str) -> list[np.ndarray]:
         )
     shards = [load_data_shard(path) for path in paths]
     for path, shard in zip(paths, shards):
-        highest = int(shard.max())
+        highest = shard.max()
         if highest >= h.vocab_size:
             raise UserError(f"{path} has token {highest}, but VOCAB_SIZE={h.vocab_size}: {DATA_HELP}")
     return shards
@@ -1440,7 +1832,7 @@ class TokenLoader:
     the step at which reading began; each rank reads its own part.
     """
 
-    def __init__(self, h: Hyperparameters, rt: Runtime, shards: list[np.ndarray], step: int = 0):
+    def __init__(self, h: Hyperparameters, rt: Runtime, shards: list[Shard], step: int = 0):
         self.h = h
         self.rt = rt
         self.shards = shards
@@ -1453,6 +1845,8 @@ class TokenLoader:
         self.epoch = -1  # the epoch that `phase` and `order` belong to
         self.phase = 0
         self.order = None
+        self.reported: set[Path] = set()  # shards that have changed
+        self.waited = 0.0  # seconds that steps have waited for their tokens
         self.pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="loader")
         self.futures = collections.deque(self.pool.submit(self._read, step + ahead) for ahead in range(2))
 
@@ -1485,11 +1879,28 @@ class TokenLoader:
         first = (step * self.rt.world_size + self.rt.rank) * self.rows
         for row, window in enumerate(windows):
             self._copy(self._window_start(first + row), window)
+        if windows.max() >= self.h.vocab_size:
+            raise UserError(f"a shard has token {windows.max()} since it was looked at: is something writing there?")
+        return windows
+
+    def _wait(self) -> np.ndarray:
+        """Return the next step's windows, and say so where they come late, or not from what was there at the start."""
+        start = time.perf_counter()
+        windows = self.futures.popleft().result()
+        seconds = time.perf_counter() - start
+        self.waited += seconds
+        if seconds > SLOW_READ_SECONDS:
+            fix = "copy the shards to a disk of this machine"
+            self.rt.warn(f"a step waited {seconds:.1f}s for its tokens from DATA_PATH={self.h.data_path}: {fix}")
+        for shard in self.shards:
+            if getattr(shard, "was_changed", False) and shard.path not in self.reported:
+                self.reported.add(shard.path)
+                self.rt.warn(f"{shard.path} was written to since this run began: it may train on other tokens now")
         return windows
 
     def next_batch(self) -> list[tuple[Tensor, Tensor]]:
         """Return this rank's micro-batches of the next step: inputs and targets, int64 (B, T)."""
-        windows = self.futures.popleft().result()
+        windows = self._wait()
         self.step += 1
         self.futures.append(self.pool.submit(self._read, self.step + 1))
         tokens = self.rt.to_device(windows).unflatten(0, (self.grad_accum_steps, -1))  # (steps, B, T + 1)
@@ -1503,8 +1914,8 @@ def load_tokenizer(path: str, vocab_size: int) -> Any:
     file = find_path(path, "TOKENIZER_PATH")
     sp = require("sentencepiece", "it counts the bytes of the tokens").SentencePieceProcessor()
     try:
-        sp.LoadFromSerializedProto(file.read_bytes())
-    except (RuntimeError, OSError) as error:
+        sp.LoadFromSerializedProto(read_file(file, LARGEST_TOKENIZER, "TOKENIZER_PATH"))
+    except RuntimeError as error:
         raise UserError(f"TOKENIZER_PATH={file} is not a SentencePiece model ({error}): fetch it again") from None
     if sp.vocab_size() != vocab_size:
         raise UserError(f"{file} has {sp.vocab_size()} pieces, VOCAB_SIZE={vocab_size}: unset that, or use other data")
@@ -1567,7 +1978,7 @@ def load_validation_tokens(h: Hyperparameters) -> Validation:
     the window's in all published scores."""
     sp = load_tokenizer(h.tokenizer_path, h.vocab_size)
     shards = load_shards(h, "val")
-    tokens = torch.from_numpy(np.concatenate([shard.astype(np.int32) for shard in shards]))
+    tokens = torch.from_numpy(np.concatenate([shard[:].astype(np.int32) for shard in shards]))
     num_available = len(tokens) - 1
     num_targets = min(num_available, h.max_val_tokens or BIG)
     num_targets = num_targets // h.reach * h.reach or num_targets
@@ -2317,6 +2728,7 @@ class Optimizer:
         betas = (h.beta1, h.beta2)
         self.adamw = torch.optim.AdamW(adamw_groups, betas=betas, eps=h.adam_eps, fused=rt.device.type != "mps")
         self.replicated = [p for group in adamw_groups for p in group["params"]]
+        self.norms = torch.zeros(0, device=rt.device)  # of this rank's gradients in the last step; see `reduce`
         zeros = [torch.zeros_like(p) for p in self.replicated]
         self.set_adamw_state(zeros, [z.clone() for z in zeros], num_steps=0)
 
@@ -2328,6 +2740,23 @@ class Optimizer:
         wide = [p for p in parameters if p.size(0) == rows]
         tall = [p for p in parameters if p.size(0) != rows]
         return MuonGroup(wide, tall, momentum, lr, weight_decay)
+
+    def first_not_finite(self, norms: list[float]) -> str:
+        """Return the first parameter of the model whose gradient is not finite on any rank, where that of another one
+        is, from what `norms` were."""
+        own = []  # this rank's parameters, in the order of `norms`
+        for group in self.muon_groups:
+            part_size = len(group.momentum)
+            padded = [*group.wide, *group.tall] + [None] * (part_size * self.rt.world_size)
+            own += padded[self.rt.rank * part_size : (self.rt.rank + 1) * part_size]
+        own += self.replicated
+        order = [id(parameter) for parameter in self.model.parameters()]
+        wrong = [order.index(id(p)) for p, norm in zip(own, norms) if not math.isfinite(norm)]
+        first = int(self.rt.least(min(wrong, default=len(order))))
+        are_all_wrong = self.rt.least(len(wrong) == len(own) - own.count(None)) == 1
+        if first == len(order) or are_all_wrong:
+            return ""
+        return [name for name, _ in self.model.named_parameters()][first]
 
     def set_adamw_state(self, means: list[Tensor], squares: list[Tensor], num_steps: int) -> None:
         """Set AdamW's running means of the gradients and of their squares, in the order of `replicated`."""
@@ -2358,7 +2787,8 @@ class Optimizer:
         self.set_adamw_state(means, squares, num_steps)
 
     def reduce(self) -> tuple[list[Tensor], Tensor]:
-        """Average the gradients over the processes. Return this rank's part of each Muon group, and the joint norm."""
+        """Average the gradients over the processes. Return this rank's part of each Muon group, and the joint norm.
+        Keep the norm of each of this rank's gradients in `norms`: its parts of the Muon groups, and AdamW's."""
         world_size = self.rt.world_size
         in_transit = []
         for group in self.muon_groups:
@@ -2370,6 +2800,8 @@ class Optimizer:
         average_gradients(self.rt, self.replicated)
         parts = [wait() for wait in in_transit]
         torch._foreach_div_(parts, world_size)
+        own = [matrix for part in parts for matrix in part] + [p.grad for p in self.replicated]
+        self.norms = torch.stack(torch._foreach_norm(own))
         squares = self.rt.all_reduce(sum_of_squares(parts))
         squares = squares + sum_of_squares([p.grad for p in self.replicated])
         return parts, squares.sqrt()
@@ -2473,7 +2905,7 @@ class Run(NamedTuple):
     model: GPT
     mean_loss: Callable  # model.forward, compiled where that is on
     token_nll: Callable  # model.token_nll, likewise
-    train_shards: list[np.ndarray]
+    train_shards: list[Shard]
     val: Validation
     code: bytes  # the script as it is shipped and counted
     calibrated: Mapping[str, Any] = MappingProxyType({})  # what each calibration returned, by name
@@ -2546,6 +2978,7 @@ class Trainer:
         self.swa = [torch.zeros_like(p) for p in self.parameters] if run.h.swa_enabled else []
         self.num_snapshots = 0  # that `swa` is the sum of
         self.num_steps = 0  # taken so far
+        self.gradient_norm = torch.zeros((), device=run.rt.device)  # of the last step
         self.num_segments = 1  # that took them: more, if the run was stopped and went on
         self.started = 0.0  # start of the clock, pauses excluded
         self.elapsed = 0.0  # seconds on rank 0's clock after the last step
@@ -2558,10 +2991,14 @@ class Trainer:
         """Train on the micro-batches and return the mean loss over them and the processes, on the device."""
         rt = self.run.rt
         loss = self.backward(batch)
-        self.optimizer.step(lr_scale, muon_momentum(self.run.h, self.num_steps))
+        self.gradient_norm = self.optimizer.step(lr_scale, muon_momentum(self.run.h, self.num_steps))
         self.num_steps += 1
         self.update_averages(self.num_steps, lr_scale)
         return rt.all_reduce(loss / rt.world_size)
+
+    def numbers_of_step(self, loss: Tensor) -> Tensor:
+        """Return the loss of the last step, the norm of its gradient, and those of this rank's parts of it."""
+        return torch.cat([loss.view(1), self.gradient_norm.view(1), self.optimizer.norms])
 
     def backward(self, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Compute the gradients of the mean loss over this rank's micro-batches, and return that loss."""
@@ -2622,7 +3059,10 @@ class Trainer:
     def load_state(self, numbers: dict[str, Any], tensors: list[Tensor]) -> None:
         """Take over what `state` returned."""
         for name in self.NUMBERS:
-            setattr(self, name, numbers[name])
+            number = type(getattr(self, name))(numbers[name])
+            if not 0 <= number < BIG:
+                raise ValueError(f"{name} is {number}")
+            setattr(self, name, number)
         self.run.rt.set_random_state(numbers["random"])
         own = [*self.parameters, *self.ema, *self.swa]
         device = self.run.rt.device
@@ -2655,20 +3095,35 @@ class Trainer:
         step_seconds = self.step_seconds if self.num_steps > 2 else 0.0
         return learning_rate_scale(self.run.h, self.num_steps, self.elapsed, step_seconds)
 
-    def check_and_log(self, loss: float | None, lr_scale: float) -> None:
-        """Log the step of `loss`, if there is one and a line is due. Raise UserError if it is not finite."""
+    def check_and_log(self, numbers: list[float] | None, lr_scale: float) -> None:
+        """Log the step that the numbers are of, if there are any and a line is due. Raise UserError if its loss or its
+        gradient is not finite."""
         h, rt = self.run.h, self.run.rt
         step = self.num_steps - rt.lag
         if self.num_steps == 4 and lr_scale < 1 and h.warmdown_iters:
             rt.log(f"WARNING: WARMDOWN_ITERS={h.warmdown_iters} steps do not fit into this run: use WARMDOWN_FRAC")
-        if loss is None:
+        if numbers is None:
             return
-        if not math.isfinite(loss):
-            raise UserError(f"train_loss is {loss} at step {step}: lower MATRIX_LR={h.matrix_lr} or another rate")
+        loss, norm, *norms = numbers
+        if not math.isfinite(loss + norm):
+            self._refuse_step(step, loss, norms)
         is_last = self.num_steps == h.iterations
         if step <= 10 or step % h.train_log_every == 0 or is_last or self.elapsed - self.last_line > 30:
             self.last_line = self.elapsed
             self._log_step(step, loss, lr_scale)
+
+    def _refuse_step(self, step: int, loss: float, norms: list[float]) -> None:
+        """Raise UserError on a step whose loss or gradient is not finite. States with such values are never kept."""
+        h = self.run.h
+        name = self.optimizer.first_not_finite(norms)
+        where, fix = "", f"lower MATRIX_LR={h.matrix_lr} or another rate"
+        if name:
+            where = f", the gradient of {name} is not finite"
+            rate = param_group_of(name).lr
+            fix = f"lower {rate.upper()}={getattr(h, rate)}"
+        kept = ", ".join(sorted(path.name for path in self.run.rt.run_dir.glob("checkpoint-*.bin")))
+        kept = f"; {kept} stay in {self.run.rt.run_dir}" if kept else ""
+        raise UserError(f"step {step}: train_loss is {loss}{where}: {fix}{kept}")
 
     def _log_step(self, step: int, loss: float, lr_scale: float) -> None:
         h, rt = self.run.h, self.run.rt
@@ -2710,6 +3165,7 @@ class Checkpoints:
         self.pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: concurrent.futures.Future | None = None
         _, tensors = trainer.state()
+        self.shapes = [tensor.shape for tensor in tensors]
         if self.rt.rank == 0:
             pin = self.rt.device.type == "cuda"
             self.copies = [torch.empty_like(tensor, device="cpu", pin_memory=pin) for tensor in tensors]
@@ -2722,8 +3178,10 @@ class Checkpoints:
             return
         header, tensors = parse(blob, "the checkpoint")
         try:
+            if [tensor.shape for tensor in tensors.values()] != self.shapes:
+                raise ValueError("its tensors have other shapes")
             self.trainer.load_state(header["training"], list(tensors.values()))
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"the newest checkpoint in {self.rt.run_dir} is of another training ({error!r})") from None
         self.saved = self.trainer.elapsed
         self.trainer.num_segments += self.trainer.may_step()
@@ -2743,10 +3201,10 @@ class Checkpoints:
     def _read_newest(self) -> bytes:
         for path in reversed(self._paths()):
             try:
-                blob = path.read_bytes()
+                blob = read_file(path, LARGEST_FILE)
                 parse(blob, str(path))
                 return blob
-            except (UserError, OSError) as error:
+            except UserError as error:
                 self.rt.log(f"WARNING: {error}; the checkpoint before it is taken, if there is one")
                 path.unlink(missing_ok=True)
         return b""
@@ -2809,7 +3267,8 @@ class Checkpoints:
             for old in self._paths()[:-2]:
                 old.unlink()
         except OSError as error:
-            rt.warn(f"the checkpoint after step {step} was not written ({error}); the one before it stays")
+            reason = os_error_line(error)
+            rt.warn(f"the checkpoint after step {step} was not written ({reason}); the one before it stays")
             return
         seconds, size = time.perf_counter() - start, sum(map(len, pieces))
         times = f"written in {seconds:.2f}s, for which the steps waited {1000 * waited:.1f}ms"
@@ -2834,9 +3293,9 @@ def train(run: Run) -> dict[str, Any]:
     while trainer.may_step():
         lr_scale = trainer.lr_scale()
         loss = trainer.step(lr_scale, loader.next_batch())
-        lagged_loss = rt.lagged_item(loss)
+        lagged_numbers = rt.lagged_list(trainer.numbers_of_step(loss))
         trainer.tick()
-        trainer.check_and_log(lagged_loss, lr_scale)
+        trainer.check_and_log(lagged_numbers, lr_scale)
         checkpoints.after_step()
         trainer.validate_if_due()
     seconds = rt.broadcast_from_rank0(rt.now() - trainer.started)
@@ -2849,11 +3308,13 @@ def train(run: Run) -> dict[str, Any]:
     rt.log(f"trained: steps:{steps} train_time:{1000 * seconds:.0f}ms step_avg:{step_avg_ms:.2f}ms epochs:{epochs:.4f}")
     log_score(rt, "raw", eval_val(run))
     rt.log(trainer.apply_average())
-    log_score(rt, "averaged", eval_val(run))
+    averaged = eval_val(run)
+    log_score(rt, "averaged", averaged)
     checkpoints.close()
-    write_checkpoint(run)
-    times = {"train_seconds": seconds, "step_avg_ms": step_avg_ms}
-    return {"steps": steps, "train_segments": trainer.num_segments, **times, "epochs": epochs}
+    checkpoint = write_checkpoint(run)
+    times = {"train_seconds": seconds, "step_avg_ms": step_avg_ms, "data_wait_seconds": loader.waited}
+    stats = {"steps": steps, "train_segments": trainer.num_segments, **times, "epochs": epochs}
+    return stats | {"checkpoint": checkpoint, "averaged_bpb": averaged.val_bpb}
 
 
 def calibrate(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -3357,10 +3818,9 @@ def code_form(script: bytes) -> str:
 
 def shipped_code(h: Hyperparameters) -> bytes:
     """Return the script as it is shipped and counted. One that is packed already is shipped as it is."""
-    script = CODE.read_bytes()
-    if h.size_of_code == "raw" or code_form(script) == "packed":
-        return script
-    return pack(script)
+    if h.size_of_code == "raw" or code_form(SCRIPT) == "packed":
+        return SCRIPT
+    return pack(SCRIPT)
 
 
 def write_code(run: Run) -> None:
@@ -3380,7 +3840,10 @@ PREFIX = struct.Struct("<4s16sHHQ")
 MAGIC = b"PGLF"
 VERSION = 2
 CODECS = {"none": 0, "zstd": 1, "lzma": 2}
-LARGEST_PAYLOAD = 2**33
+# What a file may unpack to: an artifact of 16 MB is not larger unless its weights have less than half a bit.
+LARGEST_PAYLOAD = 2**28
+LARGEST_HEADER = 2**20
+LARGEST_FILE = 2**33
 LZMA = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]}
 DIGEST_END = 20  # magic and digest; the digest is of all bytes from here on
 
@@ -3436,7 +3899,7 @@ def parse(blob: bytes, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if len(blob) < PREFIX.size or blob[:4] != MAGIC or version != VERSION:
         found = f"{len(blob)} bytes, {blob[:4]!r}, format version {version}, this script reads {VERSION}"
         raise UserError(f"{source} is not an artifact of this script ({found}): use the script beside it")
-    if hashlib.sha256(blob[DIGEST_END:]).digest()[:16] != digest or length > LARGEST_PAYLOAD:
+    if hashlib.sha256(memoryview(blob)[DIGEST_END:]).digest()[:16] != digest:
         raise UserError(f"{source} is truncated or damaged ({len(blob)} bytes, wrong checksum): copy it again")
     if codec == CODECS["zstd"]:
         require("zstandard", f"to read {source}")
@@ -3449,38 +3912,50 @@ def parse(blob: bytes, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _decompress(body: bytes, codec: int, length: int) -> bytes:
     """Return the payload, of which one byte more than the declared `length` is read at most."""
+    if codec == CODECS["none"]:
+        return body
+    if length > LARGEST_PAYLOAD:
+        raise ValueError(f"it unpacks to {length:,} bytes, more than {LARGEST_PAYLOAD:,}")
     if codec == CODECS["zstd"]:
         return importlib.import_module("zstandard").ZstdDecompressor().stream_reader(body).read(length + 1)
     if codec == CODECS["lzma"]:
         return lzma.LZMADecompressor(**LZMA).decompress(body, length + 1)
-    return body
+    raise ValueError(f"its codec is {codec}")
 
 
 def _parse_payload(payload: bytes, length: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return header and tensors. Raise whatever the parsers raise, and ValueError if bytes are missing or left over."""
-    offset = 4 + struct.unpack_from("<I", payload)[0]
+    header_bytes = struct.unpack_from("<I", payload)[0]
+    if header_bytes > LARGEST_HEADER:
+        raise ValueError(f"its header has {header_bytes:,} bytes, more than {LARGEST_HEADER:,}")
+    offset = 4 + header_bytes
     header = json.loads(payload[4:offset])
 
-    def take(kind: str, count: int) -> Tensor:
-        """Return the next `count` values of a NumPy type, as fp32."""
+    def take(kind: str, count: int) -> np.ndarray:
+        """Return the next `count` values of a NumPy type, without a copy."""
         nonlocal offset
         values = np.frombuffer(payload, kind, count, offset)
         offset += values.nbytes
-        return torch.from_numpy(values.astype(np.float32))
+        return values
 
     entries = [(str(name), int(bits), [int(n) for n in shape]) for name, bits, shape in header["tensors"]]
+    if len({name for name, _, _ in entries}) < len(entries):
+        raise ValueError("a tensor is there twice")
+    if any(n < 0 for _, _, shape in entries for n in shape):
+        raise ValueError("a tensor has a negative size")
     codes = {}
     for name, bits, shape in entries:
         if bits < 16:
-            codes[name] = take("i1", math.prod(shape)).view(shape[0], -1)
+            codes[name] = take("i1", math.prod(shape)).reshape(shape[0], -1)
     weights = {}
     for name, bits, shape in entries:
         if bits < 16:
-            scales = take("<f2", shape[0]).unsqueeze(1)
-            weights[name] = (codes[name] * scales).view(shape)
+            scales = take("<f2", shape[0]).astype(np.float32)[:, None]
+            values = codes[name].astype(np.float32) * scales
         else:
             kind = "<f4" if bits == 32 else "<f2"
-            weights[name] = take(kind, math.prod(shape)).view(shape)
+            values = take(kind, math.prod(shape)).astype(np.float32)
+        weights[name] = torch.from_numpy(values.reshape(shape))
     if not offset == len(payload) == length:
         raise ValueError(f"{len(payload)} bytes, of which {offset} are described and {length} declared")
     header["model"] = dict(header["model"])
@@ -3497,7 +3972,9 @@ def load_artifact(path: str | Path, blob: bytes | None = None) -> tuple[Hyperpar
     """
     if blob is None:
         path = find_path(path, "artifact")
-        blob = path.read_bytes() if path.is_file() else b""
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: give its file, {path / 'final_model.bin'}")
+        blob = read_file(path, LARGEST_FILE)
     knobs, weights = decode(blob, str(path))
     own = Hyperparameters.knobs(ModelKnob)
     unknown = sorted(map(str, knobs.keys() - own.keys()))
@@ -3521,6 +3998,8 @@ def load_artifact(path: str | Path, blob: bytes | None = None) -> tuple[Hyperpar
     shapes = {name: p.shape for name, p in model.named_parameters()}
     if shapes != {name: w.shape for name, w in weights.items()}:
         raise UserError(f"{path} has other tensors than the model that it describes")
+    if not all(w.isfinite().all() for w in weights.values()):
+        raise UserError(f"{path} has weights that are not finite: export it again")
     model.load_state_dict(weights, assign=True)
     return h, model
 
@@ -3535,11 +4014,19 @@ def reload(run: Run, path: Path) -> dict[str, Any]:
     return {"bytes_model": len(blob), "artifact_sha256": sha256, "load_seconds": run.rt.now() - start}
 
 
-def write_checkpoint(run: Run) -> None:
-    """Write the trained weights, averaged and exact, into checkpoint.bin, from which EXPORT_ONLY and RESUME go on."""
-    if run.rt.rank == 0:
-        exact = [Stored(name, 32, w.detach(), None) for name, w in run.model.named_parameters()]
-        write_atomically(run.rt.run_dir / "checkpoint.bin", *frame(run.h, exact, 0.0, "none"))
+def save_result(rt: Runtime, name: str, *pieces: bytes | memoryview) -> str:
+    """Write a file on rank 0, and return its name; or its whole path, where it is not in the run's folder."""
+    path = rt.save(name, *pieces)
+    return name if path.parent == rt.run_dir else str(path.absolute())
+
+
+def write_checkpoint(run: Run) -> str:
+    """Write the trained weights, averaged and exact, into checkpoint.bin, from which EXPORT_ONLY and RESUME go on.
+    Return where it is."""
+    if run.rt.rank != 0:
+        return ""
+    exact = [Stored(name, 32, w.detach(), None) for name, w in run.model.named_parameters()]
+    return save_result(run.rt, "checkpoint.bin", *frame(run.h, exact, 0.0, "none"))
 
 
 def export(run: Run) -> dict[str, Any]:
@@ -3551,11 +4038,11 @@ def export(run: Run) -> dict[str, Any]:
     weights = dict(run.model.named_parameters())
     if not all(w.half().isfinite().all() for w in weights.values()):  # some are stored in fp16
         raise UserError(f"the trained weights are not finite: lower MATRIX_LR={h.matrix_lr}; nothing was exported")
-    size, quant_floor = 0, 0.0
+    size, quant_floor, artifact = 0, 0.0, ""
     if rt.rank == 0:
         blob, quant_floor = fit_artifact(run, weights)
         size = len(blob)
-        write_atomically(rt.run_dir / "final_model.bin", blob)
+        artifact = save_result(rt, "final_model.bin", blob)
     size = int(rt.broadcast_from_rank0(size))
     quant_floor = rt.broadcast_from_rank0(quant_floor)
     total = size + len(run.code)
@@ -3565,7 +4052,7 @@ def export(run: Run) -> dict[str, Any]:
         checkpoint = h.export_only or rt.run_dir / "checkpoint.bin"
         fix = f"set QUANT_FLOOR=auto or fewer bits, and EXPORT_ONLY={checkpoint} to go on from the trained weights"
         raise UserError(f"code + model are {total:,} bytes, over SIZE_LIMIT={h.size_limit:,}: {fix}")
-    return {"quant_floor": quant_floor, "export_seconds": time.perf_counter() - start}
+    return {"artifact": artifact, "quant_floor": quant_floor, "export_seconds": time.perf_counter() - start}
 
 
 # ==================================================== 9  SCORING ======================================================
@@ -3955,17 +4442,35 @@ def final_score(run: Run) -> Score:
     return eval_val_ttt(run)
 
 
-def evaluate(run: Run) -> tuple[Score, float]:
-    """Return the final score, and the seconds that it took with all adaptation."""
+# Bits per byte that quantization costs: in the published systems, and from where on something is wrong.
+USUAL_QUANTIZATION_GAP = 0.008
+LARGEST_QUANTIZATION_GAP = 0.02
+
+
+def evaluate(run: Run, averaged_bpb: float = math.nan) -> tuple[Score, float]:
+    """Return the final score, and the seconds that it took with all adaptation. Warn of steps that made it worse than
+    they should: `averaged_bpb` is the score before quantization, where it is known."""
     h, rt = run.h, run.rt
-    log_score(rt, "quantized", eval_val(run))
+    quantized = eval_val(run)
+    log_score(rt, "quantized", quantized)
+    gap = quantized.val_bpb - averaged_bpb
+    if gap > LARGEST_QUANTIZATION_GAP:
+        usual = f"where {USUAL_QUANTIZATION_GAP} is usual"
+        rt.warn(f"ALARM: quantization made the score worse by {gap:.4f}, {usual}: give the weights more bits")
+    before = quantized
     if h.eval_ladder and h.ttt_enabled:
-        log_score(rt, "sliding", eval_val_sliding(run))
+        before = eval_val_sliding(run)
+        log_score(rt, "sliding", before)
     start = rt.now()
     score = final_score(run)
     seconds = rt.broadcast_from_rank0(rt.now() - start)
     stage = "ttt" if h.ttt_enabled else "sliding"
     log_score(rt, stage, score)
+    if not math.isfinite(score.val_loss):
+        raise UserError(f"the final score is {score.val_loss}: lower TTT_LR={h.ttt_lr}, or set TTT_ENABLED=0")
+    if h.ttt_enabled and score.val_bpb > before.val_bpb:
+        worse = score.val_bpb - before.val_bpb
+        rt.warn(f"ALARM: adaptation made the score worse by {worse:.4f}: lower TTT_LR={h.ttt_lr} or TTT_EPOCHS")
     return score, seconds
 
 
@@ -4068,11 +4573,11 @@ def report(run: Run, score: Score, stats: dict[str, Any]) -> None:
     rest = f"bytes:{score.num_bytes} {times} total_bytes:{total_bytes} compliant:{int(not breaks)}"
     rt.log(f"final_exact {exact} {rest}")
     if rt.rank == 0:  # last: a run that has it is finished
-        write_atomically(rt.run_dir / "submission.json", (json.dumps(result, indent=2) + "\n").encode())
+        rt.save("submission.json", (json.dumps(result, indent=2) + "\n").encode())
 
 
 # Settings that may change while a run is stopped: where things are, and how often there are lines and checkpoints.
-FREE_SETTINGS = {"run_id", "resume", "checkpoint_every", "data_path", "tokenizer_path", "train_log_every"}
+FREE_SETTINGS = set("run_id resume checkpoint_every data_path tokenizer_path train_log_every fallback_dir".split())
 
 
 class Journal:
@@ -4088,6 +4593,7 @@ class Journal:
         self.h = h
         self.rt = rt
         self.lock: Any = None  # on rank 0
+        self.is_stale = False  # journal.json, for want of room
         found = json.loads(rt.on_rank0(self._find))
         self.folder = Path(found["folder"])
         self.is_new = found["is_new"]
@@ -4110,7 +4616,7 @@ class Journal:
         """Return the model of a run that is trained already, on rank 0, from which the others get it."""
         if self.h.first_stage != "calibrate" or self.rt.rank != 0:
             return None
-        return load_artifact(self.folder / "checkpoint.bin")[1]
+        return load_artifact(self.folder / self.content["stages"]["train"].get("checkpoint", "checkpoint.bin"))[1]
 
     def begin(self, run: Run) -> None:
         """Open the folder and begin a segment. Raise UserError where what goes on is another run."""
@@ -4121,9 +4627,14 @@ class Journal:
         settings = {name: value for name, value in h.values().items() if name not in FREE_SETTINGS}
         source = unpack(run.code) or run.code
         now = {"settings": settings, "data": data, "code_sha256": hashlib.sha256(source).hexdigest()}
-        differences = self._differences(now)
+        of_rank0 = json.loads(rt.on_rank0(lambda: json.dumps(now).encode()))
+        differences = self._differences(of_rank0, now)
+        if differences:
+            raise UserError(f"rank {rt.rank} is not of the run of rank 0: there, {'; '.join(differences)}")
+        differences = self._differences(self.content, now)
         if differences:
             raise UserError(f"{self.folder} was another run, so it cannot go on: {'; '.join(differences)}")
+        rt.on_rank0(functools.partial(self._check_room, run))
         if self.is_new:
             self.folder = Path(rt.on_rank0(self._make_folder).decode())
         rt.open_log(self.folder)
@@ -4140,9 +4651,8 @@ class Journal:
                 rt.keeps_rows = True
         self._begin_segment()
 
-    def _differences(self, now: dict[str, Any]) -> list[str]:
-        """Return what is not as it was, item by item."""
-        before = self.content
+    def _differences(self, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+        """Return what is not as it was, or as it is on another rank, item by item."""
         if "settings" not in before:
             return []
         differences = []
@@ -4156,6 +4666,25 @@ class Journal:
         if before["code_sha256"] != now["code_sha256"]:
             differences.append(f"the script was the one that is now {self.folder / 'train_gpt.py'}")
         return differences
+
+    def _check_room(self, run: Run) -> bytes:
+        """Raise UserError where the disk has no room for the run's results. Warn where it has none for checkpoints."""
+        folder = nearest_folder(self.folder)
+        usage = shutil.disk_usage(folder)
+        if not usage.total:  # some network volumes do not tell
+            return b""
+        free = usage.free + sum(path.stat().st_size for path in self.folder.glob("checkpoint*.bin"))
+        results, checkpoints = bytes_to_write(run)
+        room = f"{folder} has room for {free / 1e6:,.0f} MB"
+        if free < results and not self.h.fallback_dir:
+            raise UserError(
+                f"{room}, and the results of this run take {results / 1e6:,.0f} MB: "
+                "free some, start in another folder, or set FALLBACK_DIR"
+            )
+        if free < results + checkpoints:
+            needed = f"this run, with its checkpoints, may take {(results + checkpoints) / 1e6:,.0f} MB"
+            self.rt.warn(f"{room}, and {needed}: what does not fit is left out, or goes to FALLBACK_DIR")
+        return b""
 
     def _make_folder(self) -> bytes:
         """Make the new run's folder, and return its name. A time that another run has begun at gets a number."""
@@ -4187,10 +4716,19 @@ class Journal:
         segments.append({"begun": begun, "stage": self.h.first_stage, "processes": rt.world_size, "seconds": None})
         self._write()
 
-    def _write(self) -> None:
-        if self.rt.rank == 0:
-            content = json.dumps(self.content, indent=2) + "\n"
+    def _write(self) -> bool:
+        """Write the journal, on rank 0. Return whether it could be: no run ends for it."""
+        if self.rt.rank != 0:
+            return True
+        content = json.dumps(self.content, indent=2) + "\n"
+        try:
             write_atomically(self.folder / "journal.json", content.encode())
+            return True
+        except OSError as error:
+            if not self.is_stale:
+                self.rt.warn(f"{os_error_line(error)}; RESUME would begin where the journal was written last")
+            self.is_stale = True
+            return False
 
     def keep_plan(self) -> None:
         """Keep what sums and roundings depend on, so that the run goes on with the same. Kernels are chosen anew."""
@@ -4210,8 +4748,8 @@ class Journal:
     def complete(self, stage: str, stats: dict[str, Any]) -> dict[str, Any]:
         """Note that a stage is complete: no later segment trains or exports again. Return the stage's stats."""
         self.content["stages"][stage] = stats
-        self._write()
-        if self.rt.rank == 0:
+        is_kept = self._write()
+        if self.rt.rank == 0 and is_kept:
             self._remove("checkpoint-*.bin")  # checkpoint.bin has the outcome of the training
         return stats
 
@@ -4225,6 +4763,22 @@ class Journal:
         segments = self.content["segments"]
         segments[-1]["seconds"] = seconds_since(segments[-1]["begun"], time.time())
         return segments
+
+
+def bytes_to_write(run: Run) -> tuple[int, int]:
+    """Return the bytes of a run's results, and of the checkpoints of its training that are there at a time."""
+    h = run.h
+    num_parameters = sum(p.numel() for p in run.model.parameters())
+    results = min(h.size_limit, 2**20 + 2 * num_parameters) + 2**22  # the artifact; logs and script
+    if h.first_stage not in ("train", "calibrate"):
+        return results, 0
+    sizes = collections.Counter()  # optimizer -> bytes
+    for name, parameter in run.model.named_parameters():
+        sizes[param_group_of(name).optimizer] += 4 * parameter.numel()
+    weights = sizes.total()
+    state = (1 + h.ema_enabled + h.swa_enabled) * weights + sizes["muon"] + 2 * sizes["adamw"]
+    num_checkpoints = 3 if h.checkpoint_every else 1  # two, and the next one until it is whole
+    return results + weights, num_checkpoints * state
 
 
 def seconds_since(begun: str, now: float) -> float:
@@ -4258,12 +4812,14 @@ def find_run(h: Hyperparameters) -> tuple[dict[str, Any], Any]:
         if h.run_id and folder.exists():
             fix = "choose another RUN_ID, move it away, or go on with it by RESUME=1"
             raise UserError(f"{folder} exists already: {fix}")
+        check_writable(folder.parent)
         return {"folder": str(folder), "is_new": True, "journal": {}, "last_written": 0.0}, None
     if (folder / "submission.json").exists():
         raise UserError(f"the run in {folder} is finished: EVAL_ONLY={folder}/final_model.bin scores it again")
     logs = list(folder.glob("train.log"))
     if not logs and any(folder.iterdir()):
         raise UserError(f"{folder} has no train.log, so it is not the folder of a run: check RESUME and RUN_ID")
+    check_writable(folder)
     last_written = max((log.stat().st_mtime for log in logs), default=0.0)
     held = lock(folder)
     journal = read_journal(folder)
@@ -4305,11 +4861,32 @@ def read_journal(folder: Path) -> dict[str, Any]:
     path = folder / "journal.json"
     if not path.exists():
         return {}
+    content = read_file(path, LARGEST_JSON)
     try:
-        journal = json.loads(path.read_bytes())
-        return {"stages": {}} | journal
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        journal = {"stages": {}, "segments": []} | json.loads(content)
+        check_journal(journal)
+        return journal
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is no journal of a run ({error!r}): begin the run again") from None
+
+
+def check_journal(journal: dict[str, Any]) -> None:
+    """Raise ValueError, or what else the parts raise, where a journal does not have the form of one."""
+    parts = [journal["stages"], *journal["stages"].values(), *journal["segments"]]
+    parts += [journal[name] for name in ("settings", "data", "plan") if name in journal]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError("its parts are no dictionaries")
+    for segment in journal["segments"]:
+        seconds_since(segment["begun"], 0.0)
+    names = [stats.get(name, "") for name in ("artifact", "checkpoint") for stats in journal["stages"].values()]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("it does not name its files")
+    plan = journal.get("plan")
+    if plan is None:
+        return
+    counts = [*plan["sequences_per_pass"].values(), plan["ttt_epochs"], plan["processes"]]
+    if plan["dtype"] not in ("float32", "bfloat16") or not all(type(count) is int and count > 0 for count in counts):
+        raise ValueError("its plan is none")
 
 
 def smoke(h: Hyperparameters) -> None:
@@ -4320,7 +4897,7 @@ def smoke(h: Hyperparameters) -> None:
     ids = torch.randint(h.vocab_size, (1, 65))
     loss = model(ids[:, :-1], ids[:, 1:]).item()
     assert abs(loss - math.log(h.vocab_size)) < 0.3, f"loss {loss}: the guesses are not uniform"
-    sizes = f"dim={h.model_dim}, layers={h.num_layers}, vocab={h.vocab_size}, code={CODE.stat().st_size} B"
+    sizes = f"dim={h.model_dim}, layers={h.num_layers}, vocab={h.vocab_size}, code={len(SCRIPT)} B"
     print(f"import OK in {seconds:.2f}s, {sizes}, SMOKE_TEST_PASS")
 
 
@@ -4348,14 +4925,22 @@ def attach_auditor() -> None:
 def leave(line: str, status: int) -> NoReturn:
     """End this process with a line and an exit status. No more than that: the threads of a process group that was not
     left in order abort what ends around them."""
-    with contextlib.suppress(OSError):  # the terminal may be gone
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # the terminal may be gone
         print(line, end="\n" * bool(line), file=sys.stderr, flush=True)
         sys.stdout.flush()
     os._exit(status)
 
 
+def accept_any_text() -> None:
+    """Let the terminal show any text: with escapes for characters that its encoding does not have."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # there may be none
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """Train, export, reload, score and report. EVAL_ONLY and EXPORT_ONLY start at a later stage."""
+    launch = read_launch()
     h = Hyperparameters()
     if h.smoke:
         smoke(h)
@@ -4367,7 +4952,7 @@ def main() -> None:
     if source:
         h, decoded = load_artifact(source)
     h = apply_manifest(h)
-    with Runtime(h) as rt:
+    with Runtime(h, launch) as rt:
         journal = Journal(h, rt)
         run = build_run(h, rt, decoded or journal.trained_model())
         journal.begin(run)
@@ -4383,13 +4968,11 @@ def main() -> None:
             learned, calibration_stats = calibrate(run)
             stats |= journal.complete("calibrate", calibration_stats)
         run = run._replace(train_shards=[], calibrated=learned)  # from here on, nothing can read the training shards
-        artifact = rt.run_dir / "final_model.bin"
-        if h.eval_only:
-            artifact = find_path(source, "EVAL_ONLY")
-        elif h.first_stage != "score":
+        if h.first_stage != "score":
             stats |= journal.complete("export", export(run))
+        artifact = find_path(source, "EVAL_ONLY") if h.eval_only else rt.run_dir / stats["artifact"]
         stats |= reload(run, artifact)
-        score, stats["eval_seconds"] = evaluate(run)
+        score, stats["eval_seconds"] = evaluate(run, stats.get("averaged_bpb", math.nan))
         stats["segments"] = journal.segments()
         report(run, score, stats)
 
@@ -4397,10 +4980,13 @@ def main() -> None:
 if __name__ == "__main__":
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun then shows the traceback of the first process that failed
         main = importlib.import_module("torch.distributed.elastic.multiprocessing.errors").record(main)
+    accept_any_text()
     try:
         main()
     except UserError as error:
         leave(f"train_gpt.py: error: {error}", status=1)
+    except OSError as error:  # its traceback is in the run's folder
+        leave(f"train_gpt.py: error: {os_error_line(error)}", status=1)
     except Stopped as stopped:
         leave("", status=128 + stopped.number)
     except KeyboardInterrupt:

@@ -213,7 +213,7 @@ class Auditor:
                 self.returned = result
             elif phase == "report":
                 self.num_segments = len(rest[1].get("segments", [0]))
-                self.prove(run, rest[1]["artifact_sha256"])
+                self.prove(run, rest[1]["artifact_sha256"], rest[1].get("artifact", "final_model.bin"))
             return result
 
         return stage
@@ -222,10 +222,10 @@ class Auditor:
         """Returns the run with the validation text itself: `eval_val` may look at it at any time."""
         return run._replace(val=self.text) if isinstance(run.val, WatchedText) else run
 
-    def prove(self, run: Any, artifact_sha256: str) -> None:
+    def prove(self, run: Any, artifact_sha256: str, artifact: str) -> None:
         """Writes compliance.json beside the run's report; UserError if a proof failed."""
         self.watch.phase, rt = "audit", run.rt
-        weights = {name: w.clone() for name, w in self.decoded(run, artifact_sha256).items()}
+        weights = {name: w.clone() for name, w in self.decoded(run, artifact_sha256, artifact).items()}
         excerpt = self.excerpt(run)
         rt.log(f"audit: proofs on {excerpt.val.num_targets:,} targets in chunks of {excerpt.h.ttt_chunk_tokens:,}")
         num_late = int(rt.all_reduce(torch.tensor(rt.compiler.num_late)))  # before the proofs below compile theirs
@@ -253,7 +253,7 @@ class Auditor:
         result |= {"audit_sha256": sha256(Path(__file__)), "machine": rt.describe(), "settings": settings}
         rt.record("audit", passed=passed, **{name: proof["passed"] for name, proof in proofs.items()})
         if rt.rank == 0:
-            self.script.write_atomically(rt.run_dir / "compliance.json", (json.dumps(result, indent=2) + "\n").encode())
+            rt.save("compliance.json", (json.dumps(result, indent=2) + "\n").encode())
         if not passed:
             failed = ", ".join(name for name, proof in proofs.items() if not proof["passed"])
             raise self.script.UserError(
@@ -266,7 +266,7 @@ class Auditor:
         others = [name for name, w in named if not torch.equal(w.cpu(), weights[name].cpu())]
         num_others, same = int(run.rt.all_reduce(torch.tensor(len(others)))), True
         if run.rt.rank == 0:
-            written = json.loads((run.rt.run_dir / "submission.json").read_text())
+            written = json.loads(run.rt.saved["submission.json"].read_text())
             score = self.returned[0]._asdict() | {"eval_seconds": self.returned[1]}
             same = {name: written.get(name) for name in score} == score
         says = f"{num_others} of {len(weights)} tensors that were scored are not the file's; "
@@ -277,9 +277,9 @@ class Auditor:
             "other_tensors": others,
         }
 
-    def decoded(self, run: Any, artifact_sha256: str) -> dict[str, Tensor]:
+    def decoded(self, run: Any, artifact_sha256: str, artifact: str) -> dict[str, Tensor]:
         """Returns the artifact's weights, read again from the disk: scoring has adapted those in the model."""
-        own = run.rt.run_dir / "final_model.bin"
+        own = run.rt.run_dir / artifact  # elsewhere, where that folder had no room
         path = self.script.find_path(run.h.eval_only, "EVAL_ONLY") if run.h.eval_only else own
         blob = run.rt.on_rank0(path.read_bytes)  # which other hosts may not have
         if hashlib.sha256(blob).hexdigest() != artifact_sha256:

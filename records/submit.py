@@ -41,6 +41,7 @@ OWN_SETTINGS = (
     "audit",
     "resume",
     "checkpoint_every",
+    "fallback_dir",
     "device",
     "data_path",
     "tokenizer_path",

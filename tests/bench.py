@@ -121,7 +121,7 @@ class Case:
     def step(self) -> None:
         """A whole step, as `train` takes it."""
         loss = self.trainer.step(0.0, self.loader.next_batch())
-        self.rt.lagged_item(loss)
+        self.rt.lagged_list(self.trainer.numbers_of_step(loss))
 
     def prepare_checkpoint(self) -> None:
         """Waits until the last checkpoint is written."""

@@ -372,7 +372,7 @@ def test_the_artifact_is_fitted_against_the_script_that_ships(make_run: Callable
 def test_a_packed_script_ships_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = t.pack(t.CODE.read_bytes())
     (tmp_path / "train_gpt.py").write_bytes(packed)
-    monkeypatch.setattr(t, "CODE", tmp_path / "train_gpt.py")
+    monkeypatch.setattr(t, "SCRIPT", packed)
     for form in ("packed", "raw"):
         assert t.shipped_code(t.Hyperparameters(size_of_code=form)) == packed
 

@@ -30,8 +30,8 @@ def runtime(tiny: Callable[..., t.Hyperparameters], monkeypatch: pytest.MonkeyPa
         monkeypatch.delenv(name, raising=False)
     made = []
 
-    def make(**overrides: object) -> t.Runtime:
-        made.append(t.Runtime(tiny(**overrides)))
+    def make(launch: t.Launch | None = None, **overrides: object) -> t.Runtime:
+        made.append(t.Runtime(tiny(**overrides), launch))
         return made[-1]
 
     yield make
@@ -176,32 +176,39 @@ def test_the_seed_fixes_the_generator(runtime: Callable) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_cores", "num_processes", "given", "chosen"),
+    ("num_cores", "num_processes", "given", "by_launcher", "chosen", "reason"),
     [
-        (12, 1, "", [12]),
-        (12, 3, "", [4]),
-        (2, 3, "", [1]),
-        (12, 1, "1", []),  # the user's own choice, which torch reads itself
-        (12, 3, "2", []),
-        (12, 3, "1", [4]),  # torchrun's own doing
+        (12, 1, "", False, [12], "12 cores of the machine"),
+        (12, 3, "", False, [4], "12 cores of the machine, shared by 3 processes"),
+        (2, 3, "", False, [1], "2 cores of the machine, shared by 3 processes"),
+        (12, 1, "1", False, [], "OMP_NUM_THREADS=1"),  # the user's own choice, which torch reads itself
+        (12, 3, "2", False, [], "OMP_NUM_THREADS=2"),
+        (12, 3, "1", True, [4], "12 cores of the machine, shared by 3 processes"),  # torchrun's own doing
+        (12, 3, "1", False, [], "OMP_NUM_THREADS=1"),  # the user has exported it before torchrun
+        (12, 1, "4,2", False, [], "OMP_NUM_THREADS=4,2"),  # of nested regions
+        (12, 1, "many", False, [12], "12 cores of the machine"),  # which libgomp ignores
+        (12, 1, "0", False, [12], "12 cores of the machine"),
     ],
 )
 def test_the_processes_of_a_machine_share_its_cores(
     num_cores: int,
     num_processes: int,
     given: str,
+    by_launcher: bool,
     chosen: list[int],
+    reason: str,
     runtime: Callable,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(t, "available_cores", lambda: num_cores)
+    monkeypatch.setattr(t, "core_limits", lambda: {"the machine": num_cores, "the affinity mask": num_cores})
+    monkeypatch.setattr(t, "is_set_by_launcher", lambda _: by_launcher)
     monkeypatch.setattr(torch, "set_num_threads", calls.append)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_processes))
     monkeypatch.setenv("OMP_NUM_THREADS", given)
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
-    runtime()
+    rt = runtime(t.Launch(local_world_size=num_processes))
     assert calls == chosen
+    assert rt.describe().endswith(f"threads:{torch.get_num_threads()} ({reason})")
     # torch.compile's workers share them as well; its own default is up to 32 for each process.
     assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == str(max(1, num_cores // num_processes))
 
@@ -219,15 +226,35 @@ def test_the_processes_of_a_machine_share_its_cores(
         ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, set(range(64)), 64, 4),
         ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, set(range(64)), 64, 64),
         ({"cpu.max": "nonsense\n"}, {0, 1}, 64, 2),
+        ({"cpu.max": "400000 0\n"}, {0, 1}, 64, 2),
+        ({"cpu.max": "10000 100000\n"}, set(range(64)), 64, 1),  # a tenth of a core
+        # Without a namespace of its own, a process sees its group by its whole path; those around it have limits, too.
+        ({"own": "0::/a/b\n", "a/b/cpu.max": "300000 100000\n"}, set(range(64)), 64, 3),
+        ({"own": "0::/a/b\n", "a/b/cpu.max": "max 100000\n", "a/cpu.max": "500000 100000\n"}, None, 64, 5),
+        ({"own": "0::/a\n", "a/cpu.max": "300000 100000\n", "cpu.max": "200000 100000\n"}, None, 64, 2),
+        ({"own": "0::/a\n", "b/cpu.max": "100000 100000\n"}, None, 64, 64),  # of a neighbour
+        (
+            {
+                "own": "1:cpu,cpuacct:/a\n",
+                "cpu,cpuacct/a/cpu.cfs_quota_us": "700000",
+                "cpu,cpuacct/a/cpu.cfs_period_us": "100000",
+            },
+            None,
+            64,
+            7,
+        ),
+        ({"own": "3:memory:/a\n0::/a\n", "unified/a/cpu.max": "600000 100000\n"}, None, 64, 6),  # both versions
+        ({"own": "no lines of\nthis form\n"}, None, 64, 64),
     ],
 )
 def test_the_cores_of_a_process_are_those_of_its_mask_and_its_containers_quota(
     files: dict, affinity: set | None, count: int | None, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "cpu").mkdir()
     for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(t, "CGROUPS", tmp_path)
+    monkeypatch.setattr(t, "OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(os, "cpu_count", lambda: count)
     if affinity is None:
         monkeypatch.delattr(os, "sched_getaffinity", raising=False)
@@ -446,14 +473,14 @@ def test_the_host_waits_for_the_number_before_the_last_only(runtime: Callable, m
     monkeypatch.setattr(torch, "empty", lambda *args, pin_memory, **kwargs: empty(*args, **kwargs))
     rt = runtime()
     rt.lag = 1
-    numbers = [rt.lagged_item(torch.tensor(float(step))) for step in range(4)]
-    assert numbers == [None, 0.0, 1.0, 2.0]
+    numbers = [rt.lagged_list(torch.tensor([float(step), 7.0])) for step in range(4)]
+    assert numbers == [None, [0.0, 7.0], [1.0, 7.0], [2.0, 7.0]]
     assert recorded == [0, 1, 2, 3] and waited == [0, 1, 2]
 
 
 def test_on_a_cpu_the_followed_number_is_the_one_just_queued(runtime: Callable) -> None:
     rt = runtime()
-    assert rt.lag == 0 and [rt.lagged_item(torch.tensor(x)) for x in (1.5, 2.5)] == [1.5, 2.5]
+    assert rt.lag == 0 and [rt.lagged_list(torch.tensor([x])) for x in (1.5, 2.5)] == [[1.5], [2.5]]
 
 
 @pytest.mark.parametrize(
@@ -485,10 +512,9 @@ def test_a_device_that_is_not_there_is_an_error_that_names_it(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     name = "cuda" if device == "auto" else device
     with pytest.raises(t.UserError, match=f"DEVICE={name} is not available for process {local_rank}.*nproc_per_node"):
-        runtime(device=device)
+        runtime(t.Launch(local_rank=local_rank, local_world_size=8), device=device)
 
 
 RANK_SCRIPT = """

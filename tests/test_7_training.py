@@ -247,7 +247,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
         calls.append(1)
         return run.model(x, y) * (value if len(calls) == bad_step else 1.0)
 
-    with pytest.raises(t.UserError, match=f"train_loss is {value} at step {bad_step}: lower MATRIX_LR=0.027"):
+    with pytest.raises(t.UserError, match=f"step {bad_step}: train_loss is {value}: lower MATRIX_LR=0.027"):
         t.train(run._replace(mean_loss=mean_loss))
     assert len(calls) == bad_step, "it stops at once"
 
@@ -559,7 +559,8 @@ def test_training_looks_at_no_loss_but_through_the_lag(make_run: Callable, monke
         return SimpleNamespace()
 
     monkeypatch.setattr(t.Trainer, "step", step)
-    monkeypatch.setattr(run.rt, "lagged_item", lambda loss: followed.append(loss) or 1.0)
+    monkeypatch.setattr(t.Trainer, "numbers_of_step", lambda self, loss: [loss, 1.0])
+    monkeypatch.setattr(run.rt, "lagged_list", lambda numbers: followed.append(numbers) or [1.0, 1.0])
     t.train(run)
     assert len(followed) == 5
 

@@ -464,12 +464,15 @@ def test_a_bomb_is_not_unpacked_further_than_declared(
         if codec == 1
         else lzma.compress(bomb, format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 0}])
     )
-    blob, made = seal(b"", codec=codec, length=1000, body=body), []
-    loads = json.loads
-    monkeypatch.setattr(json, "loads", lambda text: (made.append(len(text)), loads(text))[1])
+    blob, unpacked = seal(b"", codec=codec, length=1000, body=body), []
+    parse = t._parse_payload
+    monkeypatch.setattr(t, "_parse_payload", lambda *args: (unpacked.append(len(args[0])), parse(*args))[1])
     with pytest.raises(t.UserError, match="malformed"):
         t.decode(blob, "x")
-    assert made and sum(made) <= 1001, "the declared bytes, and one to notice more"
+    assert unpacked == [1001], "the declared bytes, and one to notice more"
+    with pytest.raises(t.UserError, match="malformed: .* unpacks to 268,435,457 bytes, more than 268,435,456"):
+        t.decode(seal(b"", codec=codec, length=2**28 + 1, body=body), "x")
+    assert unpacked == [1001]
 
 
 def test_a_header_that_does_not_fit_its_model_or_data_is_refused(small: tuple, tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ TURNS: dict[str, tuple] = {
     "export_only": ("", "old.bin", "main text preflight banner"),
     "resume": ("", "stopped", "main"),
     "checkpoint_every": (120.0, 5.0, "loop"),
+    "fallback_dir": ("", "elsewhere", "machine"),
     "audit": (False, True, "main"),
     "smoke": (False, True, "main"),
     "iterations": (24, 20, "schedule loop banner"),
@@ -245,7 +246,8 @@ def stage_machine(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, 
     patch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
     patch.setattr(torch, "compile", lambda function, **options: "compiled")
     rt = t.Runtime(h)
-    return {"machine": (rt.device, rt.dtype, rt.compile(len) is not len, rt.lag, rt.records_graphs)}
+    compiles = rt.compile(len) is not len
+    return {"machine": (rt.device, rt.dtype, compiles, rt.lag, rt.records_graphs, rt.fallback_dir)}
 
 
 def stage_kernels(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -269,11 +271,13 @@ def stage_main(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any
     run = t.Run(h, None, None, None, None, SHARDS, VAL, b"")
     fake("build_run", lambda h, rt, decoded: (runs.append(rt), run._replace(h=h, rt=rt))[1])
     fake("load_artifact", lambda path: (calls.append(Path(path).name), (h, None))[1])
-    fake("evaluate", lambda run: (calls.append(run.train_shards), (SCORE, 1.0))[1])
+    fake("evaluate", lambda run, averaged_bpb: (calls.append(run.train_shards), (SCORE, 1.0))[1])
     fake("reload", lambda run, path: (calls.append(path.name), {})[1])
     fake("calibrate", lambda run: ({}, {}))
-    for name in ("write_code", "banner", "preflight", "plan_evaluation", "train", "export", "report", "smoke"):
+    for name in ("write_code", "banner", "preflight", "plan_evaluation", "train", "report", "smoke"):
         fake(name, lambda *args: {})
+    fake("export", lambda run: {"artifact": "final_model.bin"})
+    patch.setattr(t, "bytes_to_write", lambda run: (0, 0))
     patch.setitem(sys.modules, "audit", SimpleNamespace(Auditor=lambda script: calls.append(("audit", script))))
     patch.setattr(sys, "path", list(sys.path))
     patch.setattr(t, "Hyperparameters", lambda: h)
@@ -297,7 +301,7 @@ def stage_text(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any
         run = t.build_run(h, t.Runtime(h))
     except t.UserError as error:
         return {"text": str(error), "code": t.shipped_code(h)}
-    return {"text": (run.val, run.train_shards), "code": run.code}
+    return {"text": (run.val, [shard[:] for shard in run.train_shards]), "code": run.code}
 
 
 def stage_batches(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -323,12 +327,13 @@ def stage_train(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, An
     takes a second."""
     clock, schedule = [0.0], []
 
-    def step(lr_scale: float, momentum: float) -> None:
+    def step(lr_scale: float, momentum: float) -> torch.Tensor:
         clock[0] += 1.0
         schedule.append((lr_scale, momentum))
+        return torch.ones(())
 
     patch.setattr(t, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    patch.setattr(t, "Optimizer", lambda h, rt, model: SimpleNamespace(step=step))
+    patch.setattr(t, "Optimizer", lambda h, rt, model: SimpleNamespace(step=step, norms=torch.ones(0)))
     patch.setattr(t.Trainer, "update_averages", lambda *args: None)
     patch.setattr(t, "eval_val", lambda run: SCORE)
     patch.setattr(t.Trainer, "state", lambda self: ({}, []))

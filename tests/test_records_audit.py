@@ -298,10 +298,10 @@ def test_a_graph_that_is_compiled_after_the_preflight_fails_the_audit(
     monkeypatch.setattr(audit, "Probe", lambda *_: None)
     monkeypatch.setattr(audit, "PROBES", {})
     monkeypatch.setattr(t, "write_atomically", lambda *_: None)
-    auditor.prove(run, "")
+    auditor.prove(run, "", "")
     run.rt.compiler.num_late = 1
     with pytest.raises(t.UserError, match=r"the audit failed \(graphs\)"):
-        auditor.prove(run, "")
+        auditor.prove(run, "", "")
 
 
 # ---- real processes ----
@@ -327,7 +327,7 @@ def test_a_real_run_is_watched_from_its_start_and_proven_at_its_end(
     assert compliance["settings"] | paths == result["settings"] and len(paths) == 2
     files = compliance["proofs"]["files"]
     assert files["phases_watched"] == list(t.STAGES)
-    assert files["shards_opened"].keys() == {"setup"} and len(files["shards_opened"]["setup"]) >= 2
+    assert files["shards_opened"].keys() == {"setup", "train"} and len(files["shards_opened"]["setup"]) >= 2
     assert out.count("audit: ") == 1 + len(compliance["proofs"])
 
 
@@ -355,7 +355,7 @@ deeds = dict(
     calibrate=lambda: before("fit_artifact", lambda: np.fromfile(train, dtype="<u2", count=10)),
     paid_prefix=lambda: before("final_score", lambda: train.read_bytes()),
     side_file=lambda: before("final_score", lambda: Path({root!r}, "README.md").read_bytes()),
-    mapped=lambda: before("Trainer", lambda: kept.append(t.load_data_shard(train))),
+    mapped=lambda: before("Trainer", lambda: kept.append(np.memmap(train, dtype="<u2", mode="r"))),
     network=lambda: before("final_score", connect),
     calibrate_on_val=lambda: wrap("export", lambda run: run.val.tokens.sum()),
     unquantized=lambda: setattr(t, "reload", lambda run, path: reload(run._replace(model=t.GPT(run.h)), path)),

@@ -471,7 +471,6 @@ def test_a_signal_that_is_ignored_stays_ignored(make_run: Callable) -> None:
 @pytest.fixture
 def lifelines(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[t.Lifeline]]:
     """Returns the lifelines of so many ranks, all in this process. One that would end its process notes why instead."""
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setattr(t, "HEARTBEAT_SECONDS", 0.05)
     made = []
 
@@ -492,7 +491,8 @@ def lifelines(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[t.Lifelin
                     return port
                 return ports.get(timeout=30)
 
-            rt = SimpleNamespace(rank=rank, world_size=world_size, stop_signal=0, said=[], how_to_resume=lambda: "")
+            rt = SimpleNamespace(rank=rank, world_size=world_size, master="127.0.0.1", stop_signal=0, said=[])
+            rt.how_to_resume = lambda: ""
             rt.broadcast_from_rank0, rt.on_rank0 = broadcast_from_rank0, lambda function: b"0123456789abcdef"
             rt.warn = rt.said.append
             rt.note_signal = lambda number: setattr(rt, "stop_signal", number)
