@@ -688,7 +688,7 @@ def meet(launch: Launch) -> tuple[dist.Store, Launch]:
             raise UserError(f"two processes at {where} have RANK={launch.rank}: give each its own")
         wait_for_ranks(launch, store, waiting, where)
         hosts = store.multi_get([f"host {rank}" for rank in range(launch.world_size)])
-    except (RuntimeError, ValueError) as error:  # all errors of a store are RuntimeErrors
+    except RuntimeError as error:  # as all errors of a store are
         reason = str(error).partition("\n")[0]
         fix = "another run may be using the port, choose another MASTER_PORT"
         raise UserError(f"rank {launch.rank} cannot join the others at {where} ({reason}): {fix}") from None
@@ -770,6 +770,7 @@ class Runtime:
         self.pending = None  # the numbers that lagged_list returns next
         self.run_dir: Path | None = None  # the run's folder, once `open_log` has it
         self.fallback_dir = h.fallback_dir  # for what the run's folder does not take; or empty
+        self.fallbacks: list[Path] = []  # the folders that are used then
         self.saved: dict[str, Path] = {}  # where `save` has put what
         self.files = []  # train.log and metrics.jsonl, on rank 0
         self.dead_files = []  # that take no more lines
@@ -1153,41 +1154,50 @@ class Runtime:
         self._print(json.dumps({"event": event, **fields}), *self.files[1:])
 
     def save(self, name: str, *pieces: bytes | memoryview) -> Path:
-        """Write a file that must not be lost, and return where it is: in the run's folder, or, where that takes nothing
-        for 10 seconds, in FALLBACK_DIR or the system's temporary folder. Try for as long as the other ranks wait."""
-        folders = [self.run_dir]
+        """Write a result, which must not be lost, and return where it is: in the run's folder, or, where that takes
+        nothing twice, in FALLBACK_DIR or the system's temporary folder. Try for as long as the other ranks wait."""
         size = sum(map(len, pieces))
         start = time.perf_counter()
+        folders = [self.run_dir]
         num_rounds = 0
         while True:
-            for folder in folders:
-                try:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    write_atomically(folder / name, *pieces)
-                except OSError as error:
-                    reason = os_error_line(error)
-                    continue
-                if folder is not self.run_dir:
-                    self.warn(f"{name} is in {folder}, because {self.run_dir} took no more")
-                self.saved[name] = folder / name
-                return self.saved[name]
+            path, reason = self.write_into(folders, name, *pieces)
+            if path is not None:
+                return path
             if time.perf_counter() - start > SAVE_SECONDS:
                 raise UserError(f"{name} was not written for {SAVE_SECONDS:.0f}s: {reason}")
             if num_rounds % 12 == 0:
                 self.warn(f"{reason}; trying again every {RETRY_SECONDS:.0f}s: free {size:,} bytes")
             num_rounds += 1
             if num_rounds == 2:
-                folders += self._other_folders()
+                folders += self.other_folders()
             time.sleep(RETRY_SECONDS)
 
-    def _other_folders(self) -> list[Path]:
-        """Return folders of this run's elsewhere."""
-        folders = []
+    def write_into(self, folders: list[Path], name: str, *pieces: bytes | memoryview) -> tuple[Path | None, str]:
+        """Write a file into the first of the folders that takes it. Return its path; or None, and the reason."""
+        reason = ""
+        for folder in folders:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(folder / name, *pieces)
+            except OSError as error:
+                reason = reason or os_error_line(error)
+                continue
+            if folder is not self.run_dir:
+                self.warn(f"{name} is in {folder}, because {self.run_dir} took no more")
+            self.saved[name] = folder / name
+            return folder / name, ""
+        return None, reason
+
+    def other_folders(self) -> list[Path]:
+        """Return folders of this run's elsewhere, for what its own has no room for."""
+        if self.fallbacks:
+            return self.fallbacks
         if self.fallback_dir:
-            folders.append(Path(self.fallback_dir) / self.run_dir.name)
+            self.fallbacks.append(Path(self.fallback_dir) / self.run_dir.name)
         with contextlib.suppress(OSError):
-            folders.append(Path(tempfile.mkdtemp(prefix=f"{self.run_dir.name}-")))
-        return folders
+            self.fallbacks.append(Path(tempfile.mkdtemp(prefix=f"{self.run_dir.name}-")))
+        return self.fallbacks
 
     def catch_signals(self) -> None:
         """Let SIGTERM, SIGINT, SIGHUP and SIGUSR1 end this process with nothing lost: in training after the step, which
@@ -1691,6 +1701,8 @@ class Shard:
     TRIES = 5  # with pauses of 1, 2, 4 and 8 s
 
     def __init__(self, path: Path):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is no regular file, but a folder, a pipe or a device: remove it from DATA_PATH")
         self.path = path
         self.size = path.stat().st_size
         header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_BYTES // 4)
@@ -3624,6 +3636,7 @@ def _preflight_calibration(run: Run) -> dict[str, Any]:
 def _preflight_scoring(run: Run) -> None:
     h, rt = run.h, run.rt
     chunk = h.ttt_chunk_tokens if h.ttt_mode == "score_first" else h.ttt_batch_seqs * h.reach
+    chunk = min(chunk, run.val.num_targets)
     num_windows = 1 + rt.max_rows["scoring"] * rt.world_size
     val = random_text(h, max(chunk, num_windows * h.window))
     plain = Scorer(run, val, h.window)
@@ -4014,19 +4027,26 @@ def reload(run: Run, path: Path) -> dict[str, Any]:
     return {"bytes_model": len(blob), "artifact_sha256": sha256, "load_seconds": run.rt.now() - start}
 
 
-def save_result(rt: Runtime, name: str, *pieces: bytes | memoryview) -> str:
-    """Write a file on rank 0, and return its name; or its whole path, where it is not in the run's folder."""
-    path = rt.save(name, *pieces)
-    return name if path.parent == rt.run_dir else str(path.absolute())
+def name_of(path: Path, rt: Runtime) -> str:
+    """Return the name of a file in the run's folder; or its whole path, where that had no room for it."""
+    return path.name if path.parent == rt.run_dir else str(path.absolute())
 
 
 def write_checkpoint(run: Run) -> str:
     """Write the trained weights, averaged and exact, into checkpoint.bin, from which EXPORT_ONLY and RESUME go on.
-    Return where it is."""
-    if run.rt.rank != 0:
+    Return where it is. Where nothing takes it, the run goes on without: the weights are in memory."""
+    rt = run.rt
+    if rt.rank != 0:
         return ""
     exact = [Stored(name, 32, w.detach(), None) for name, w in run.model.named_parameters()]
-    return save_result(run.rt, "checkpoint.bin", *frame(run.h, exact, 0.0, "none"))
+    pieces = frame(run.h, exact, 0.0, "none")
+    path, reason = rt.write_into([rt.run_dir], "checkpoint.bin", *pieces)
+    if path is None:
+        path, _ = rt.write_into(rt.other_folders(), "checkpoint.bin", *pieces)
+    if path is None:
+        rt.warn(f"the trained weights were not written ({reason}): this run goes on with those in memory")
+        return ""
+    return name_of(path, rt)
 
 
 def export(run: Run) -> dict[str, Any]:
@@ -4042,14 +4062,14 @@ def export(run: Run) -> dict[str, Any]:
     if rt.rank == 0:
         blob, quant_floor = fit_artifact(run, weights)
         size = len(blob)
-        artifact = save_result(rt, "final_model.bin", blob)
+        artifact = name_of(rt.save("final_model.bin", blob), rt)
     size = int(rt.broadcast_from_rank0(size))
     quant_floor = rt.broadcast_from_rank0(quant_floor)
     total = size + len(run.code)
     sizes = f"model {size:,} + code {len(run.code):,} ({code_form(run.code)}) = {total:,} bytes"
     rt.log(f"artifact: {sizes} of {h.size_limit:,}, floor {quant_floor:.5f}")
     if total > h.size_limit:
-        checkpoint = h.export_only or rt.run_dir / "checkpoint.bin"
+        checkpoint = h.export_only or rt.saved.get("checkpoint.bin", rt.run_dir / "checkpoint.bin")
         fix = f"set QUANT_FLOOR=auto or fewer bits, and EXPORT_ONLY={checkpoint} to go on from the trained weights"
         raise UserError(f"code + model are {total:,} bytes, over SIZE_LIMIT={h.size_limit:,}: {fix}")
     return {"artifact": artifact, "quant_floor": quant_floor, "export_seconds": time.perf_counter() - start}
@@ -4594,6 +4614,7 @@ class Journal:
         self.rt = rt
         self.lock: Any = None  # on rank 0
         self.is_stale = False  # journal.json, for want of room
+        self.is_closed = False  # nothing more is noted, because what it would be about could not be kept
         found = json.loads(rt.on_rank0(self._find))
         self.folder = Path(found["folder"])
         self.is_new = found["is_new"]
@@ -4718,8 +4739,8 @@ class Journal:
 
     def _write(self) -> bool:
         """Write the journal, on rank 0. Return whether it could be: no run ends for it."""
-        if self.rt.rank != 0:
-            return True
+        if self.rt.rank != 0 or self.is_closed:
+            return False
         content = json.dumps(self.content, indent=2) + "\n"
         try:
             write_atomically(self.folder / "journal.json", content.encode())
@@ -4748,8 +4769,9 @@ class Journal:
     def complete(self, stage: str, stats: dict[str, Any]) -> dict[str, Any]:
         """Note that a stage is complete: no later segment trains or exports again. Return the stage's stats."""
         self.content["stages"][stage] = stats
-        is_kept = self._write()
-        if self.rt.rank == 0 and is_kept:
+        self.is_closed |= stats.get("checkpoint") == ""
+        is_written = self._write()
+        if is_written:
             self._remove("checkpoint-*.bin")  # checkpoint.bin has the outcome of the training
         return stats
 
