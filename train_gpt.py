@@ -662,6 +662,18 @@ def tell(line: str) -> None:
         print(f"train_gpt.py: {line}", file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def tell_if_slow(seconds: float, line: str) -> Iterator[None]:
+    """Print a line if the block takes longer than so many seconds."""
+    timer = threading.Timer(seconds, tell, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def meet(launch: Launch) -> tuple[dist.Store, Launch]:
     """Wait until all processes of the run are there. Return the store through which they have found each other, and
     this process's place with its local rank. Raise UserError where they do not fit together, or do not come."""
@@ -673,12 +685,14 @@ def meet(launch: Launch) -> tuple[dist.Store, Launch]:
         wait_for_port(launch, waiting, where)
     host = "localhost" if hosts_store else launch.host
     timeout = timedelta(seconds=JOIN_SECONDS)
+    slow = f"rank {launch.rank} has found something at {where} that does not answer as rank 0 does"
     try:
-        store = dist.TCPStore(host, launch.port, is_master=hosts_store, wait_for_workers=False, timeout=timeout)
-        store = dist.PrefixStore(store_prefix(launch), store)
-        if launch.rank == 0:
-            store.set("world size", str(launch.world_size))
-        world_size = int(store.get("world size"))
+        with tell_if_slow(3, f"{slow}; {JOIN_SECONDS:.0f}s more, then this run ends"):
+            store = dist.TCPStore(host, launch.port, is_master=hosts_store, wait_for_workers=False, timeout=timeout)
+            store = dist.PrefixStore(store_prefix(launch), store)
+            if launch.rank == 0:
+                store.set("world size", str(launch.world_size))
+            world_size = int(store.get("world size"))
         if world_size != launch.world_size:
             raise UserError(
                 f"WORLD_SIZE={launch.world_size}, but rank 0 at {where} has {world_size}: give all the same"
@@ -802,13 +816,11 @@ class Runtime:
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         timeout = timedelta(minutes=30)
         fix = "if it does not, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface that leads to them"
-        slow = threading.Timer(
-            30, tell, [f"rank {self.rank} has met the others and is still connecting to them: {fix}"]
-        )
-        slow.daemon = True
-        slow.start()
-        dist.init_process_group(backend, timeout=timeout, store=self.store, rank=self.rank, world_size=self.world_size)
-        slow.cancel()
+        line = f"rank {self.rank} has met the others, and is still connecting to them, for 30 minutes at most; {fix}"
+        with tell_if_slow(30, line):
+            dist.init_process_group(
+                backend, timeout=timeout, store=self.store, rank=self.rank, world_size=self.world_size
+            )
 
     def _pick_device(self, name: str) -> torch.device:
         available = {
@@ -882,7 +894,8 @@ class Runtime:
         tightest = min(limits, key=limits.__getitem__)
         torch.set_num_threads(max(1, available_cores() // self.local_world_size))
         shared = f", shared by {self.local_world_size} processes" * (self.local_world_size > 1)
-        return f"{limits[tightest]} cores of {tightest}{shared}"
+        cores = f"{limits[tightest]} core{'s' * (limits[tightest] != 1)}"
+        return f"{cores} of {tightest}{shared}"
 
     def _set_compiler_defaults(self) -> None:
         """Set what Inductor reads when it is imported, unless the user has."""
