@@ -1737,17 +1737,22 @@ class Shard:
         """Return the tokens of a range. Raise UserError where the file has changed its length or cannot be read."""
         begin, end, _ = part.indices(self.num_tokens)
         tokens = np.empty(max(0, end - begin), "<u2")
+        self.read_into(tokens, begin)
+        return tokens
+
+    def read_into(self, tokens: np.ndarray, begin: int) -> None:
+        """Fill `tokens` with those from `begin` on."""
         for attempt in range(self.TRIES):
             try:
                 self._read(begin, tokens)
-                return tokens
+                return
             except OSError as error:  # a network volume may be back soon
                 failure = error
             time.sleep(2**attempt * (attempt < self.TRIES - 1))
         raise UserError(f"{os_error_line(failure)}, for {self.TRIES} times: is DATA_PATH still there?")
 
     def _read(self, begin: int, tokens: np.ndarray) -> None:
-        with self.path.open("rb") as file:
+        with self.path.open("rb", buffering=0) as file:
             facts = os.fstat(file.fileno())
             if facts.st_size != self.size:
                 raise UserError(
@@ -1762,8 +1767,13 @@ class Shard:
 
     def max(self) -> int:
         """Return the highest token."""
-        piece = 2**24
-        return max(int(self[begin : begin + piece].max()) for begin in range(0, self.num_tokens, piece))
+        piece = np.empty(min(2**20, self.num_tokens), "<u2")  # which stays in the processor's cache
+        highest = 0
+        for begin in range(0, self.num_tokens, len(piece)):
+            part = piece[: self.num_tokens - begin]
+            self.read_into(part, begin)
+            highest = max(highest, int(part.max()))
+        return highest
 
 
 def load_data_shard(path: Path) -> Shard:
