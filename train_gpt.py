@@ -1633,9 +1633,8 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=nearest_folder(folder)) as file:
             file.write(bytes(1024))
     except OSError as error:
-        reason = f"{error.filename or folder}: {error.strerror}"
         fix = "mend that, or start in another folder: a run keeps its files in logs/, below where it is started"
-        raise UserError(f"{folder.absolute()} takes no files ({reason}): {fix}") from None
+        raise UserError(f"{folder.absolute()} takes no files ({error.strerror}): {fix}") from None
 
 
 def write_atomically(path: Path, *pieces: bytes | memoryview) -> None:

@@ -685,5 +685,5 @@ def show(folder: Path, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    with shards.errors_as_messages("build.py"):
+    with shards.errors_as_messages("build.py", works_in_silence=True):
         main()

@@ -282,5 +282,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with shards.errors_as_messages("demo.py"):
+    with shards.errors_as_messages("demo.py", works_in_silence=True):
         main()

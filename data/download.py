@@ -593,7 +593,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command; exits with status 1 and a message where something is wrong."""
     args = parse_arguments(arguments)
-    with errors_as_messages("download"):
+    with errors_as_messages("download", works_in_silence=True):
         if args.jobs < 1:
             raise DataError(f"--jobs {args.jobs}: choose 1 or more")
         if args.train_shards < 0:

@@ -198,11 +198,43 @@ def print_table(rows: Iterable[tuple[str, ...]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
+class Screen:
+    """A standard stream of a program whose work is more than what it prints: one that is gone, as in `| head -1`, or on
+    a full disk, ends the printing and not the work. Any character can be printed."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):  # there may be none at all
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Prints a text at once, as long as the stream takes any."""
+        if self.stream is not None:
+            try:
+                self.stream.write(text)
+                self.stream.flush()
+            except OSError:
+                self.stream = None
+        return len(text)
+
+    def flush(self) -> None:
+        """Does nothing: `write` has."""
+
+
 @contextlib.contextmanager
-def errors_as_messages(tool: str) -> Iterator[None]:
-    """Ends the program with a message instead of a traceback where something outside of it is wrong, or on Ctrl-C."""
+def errors_as_messages(tool: str, works_in_silence: bool = False) -> Iterator[None]:
+    """Ends the program with a message instead of a traceback where something outside of it is wrong, or on Ctrl-C. One
+    that works in silence goes on where nobody can read what it prints."""
+    before = sys.stdout, sys.stderr
+    if works_in_silence:
+        sys.stdout, sys.stderr = map(Screen, before)
     try:
         yield
+        if works_in_silence and sys.stdout.stream and sys.stderr.stream:  # else Python's own exit would stumble
+            sys.stdout, sys.stderr = before
     except (DataError, OSError) as error:  # OSError: a disk that is full, a folder that is a file
         sys.exit(f"{tool}: error: {error}")
     except KeyboardInterrupt:

@@ -270,6 +270,14 @@ def test_no_screen_ends_a_run(what: str, corpus: SimpleNamespace, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("what", SCREENS)
+def test_no_screen_ends_the_building_of_data(what: str, tmp_path: Path) -> None:
+    command = SCREENS[what].format(command=f"'{sys.executable}' '{ROOT}/data/demo.py' build --output x")
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, check=False)
+    assert (tmp_path / "x/datasets/demo_sp1024/manifest.json").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_any_path_is_printed_in_any_encoding(encoding: str, corpus: SimpleNamespace, tmp_path: Path) -> None:
     """Folders with a space, an umlaut, a character beyond Latin-1, and a byte that is not UTF-8."""
