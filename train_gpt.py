@@ -82,7 +82,13 @@ EVAL_LIMIT_SECONDS = 600.0
 
 
 class UserError(ValueError):
-    """A mistake that the user can correct. The message names the setting or file, its value and the fix."""
+    """A mistake that the user can correct. The message names the setting or file, its value and the fix.
+
+    It is one line: control characters, which names and values may have, are escaped.
+    """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 # ============================================== 1  HYPER-PARAMETERS ===================================================
@@ -127,7 +133,7 @@ class Knob:
             return _parse_number(value, self.kind, low, high)
         except (ValueError, OverflowError):
             fix = f"it must be {self._form()} (default {self.default}): {self.meaning}"
-            raise UserError(f"{name.upper()}={printable(value)} is not allowed, {fix}") from None
+            raise UserError(f"{name.upper()}={value} is not allowed, {fix}") from None
 
     def _form(self) -> str:
         """Return what is allowed, in words."""
@@ -139,13 +145,6 @@ class Knob:
             return f"one of {', '.join(self.allowed)}"
         low, high = self.allowed
         return f"of type {self.kind.__name__}, from {low} to {high}"
-
-
-def printable(value: Any) -> str:
-    """Return a value as text; with quotes and escapes where it has control characters, as the \\r of a file from
-    Windows, which would overwrite the line that names it."""
-    text = str(value)
-    return text if text.isprintable() else repr(text)
 
 
 def _parse_bool(value: Any) -> bool:
@@ -980,16 +979,16 @@ class Runtime:
             try:
                 data = function()
             except UserError as error:
-                data, failed = str(error).encode(errors="surrogateescape"), True
+                data, failed = str(error).encode(), True
             except OSError as error:
-                data, failed = os_error_line(error).encode(errors="surrogateescape"), True
+                data, failed = str(UserError(os_error_line(error))).encode(), True
         size, failed = self.broadcast(torch.tensor([len(data), failed])).tolist()
         buffer = torch.empty(size, dtype=torch.uint8)
         if self.rank == 0 and size:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         data = self.broadcast(buffer).numpy().tobytes()
         if failed:
-            raise UserError(data.decode(errors="surrogateescape"))
+            raise UserError(data.decode())
         return data
 
     def compile(self, function: Callable) -> Callable:
@@ -1696,9 +1695,12 @@ DATA_HELP = "run `python data/download.py`, or `python data/demo.py` and set DAT
 
 def find_path(path: str | Path, variable: str) -> Path:
     """Return `path`, searched from here and then upwards from this script, since a copy of it may run in records/…/."""
-    for base in (Path(), *CODE.parents):
-        if (base / path).exists():
-            return base / path
+    try:
+        for base in (Path(), *CODE.parents):
+            if (base / path).exists():
+                return base / path
+    except OSError as error:  # a name that is too long
+        raise UserError(f"{variable}={path} cannot be read: {os_error_line(error)}") from None
     fix = DATA_HELP if variable.endswith("_PATH") else "runs leave such files in logs/, the project has records/"
     raise UserError(f"{variable}={path} does not exist (searched from {Path.cwd()}): {fix}")
 
@@ -1802,14 +1804,20 @@ def apply_manifest(h: Hyperparameters) -> Hyperparameters:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise UserError(f"{path} is not a manifest of token shards ({error!r}): rebuild or remove it") from None
     shards = [shard for split in ("train", "val") for shard in folder.glob(f"*_{split}_*.bin")]
-    present = {(shard.name, (shard.stat().st_size - SHARD_HEADER_BYTES) // 2) for shard in shards}
+    try:
+        present = {(shard.name, (shard.stat().st_size - SHARD_HEADER_BYTES) // 2) for shard in shards}
+    except OSError as error:
+        raise UserError(f"a shard of DATA_PATH cannot be read: {os_error_line(error)}") from None
     mismatched = sorted(listed ^ present)
     if mismatched:
         name, _ = mismatched[0]
         raise UserError(f"{folder / name} does not match {path}: `python data/verify.py {folder}` says what is wrong")
     settings = copy.copy(h)
     for name in found.keys() - h.chosen:
-        setattr(settings, name, h.knobs()[name].parse(name, found[name]))
+        try:
+            setattr(settings, name, h.knobs()[name].parse(name, found[name]))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
     file = find_path(settings.tokenizer_path, "TOKENIZER_PATH")
     sha256 = hashlib.sha256(read_file(file, LARGEST_TOKENIZER, "TOKENIZER_PATH")).hexdigest()
     if sha256 != tokenizer.get("sha256"):
@@ -1825,8 +1833,8 @@ def load_shards(h: Hyperparameters, split: str) -> list[Shard]:
     paths = sorted(folder.glob(f"*_{split}_*.bin"))
     if not paths:
         raise UserError(f"DATA_PATH={folder} has no *_{split}_*.bin: {DATA_HELP}")
-    other_paths = {path.resolve() for path in folder.glob(f"*_{other_split}_*.bin")}
-    in_both = sorted(other_paths & {path.resolve() for path in paths})
+    other_paths = {os.path.realpath(path) for path in folder.glob(f"*_{other_split}_*.bin")}
+    in_both = sorted(other_paths & {os.path.realpath(path) for path in paths})
     if in_both:
         raise UserError(
             f"{in_both[0]} is both a train and a validation shard (*_train_*, *_val_*): rename or remove it"
@@ -1949,7 +1957,9 @@ def load_tokenizer(path: str, vocab_size: int) -> Any:
     sp = require("sentencepiece", "it counts the bytes of the tokens").SentencePieceProcessor()
     try:
         sp.LoadFromSerializedProto(read_file(file, LARGEST_TOKENIZER, "TOKENIZER_PATH"))
-    except RuntimeError as error:
+        for i in range(sp.vocab_size()):
+            sp.id_to_piece(i)  # all can be read: a piece may be other bytes than text
+    except (RuntimeError, UnicodeDecodeError) as error:
         raise UserError(f"TOKENIZER_PATH={file} is not a SentencePiece model ({error}): fetch it again") from None
     if sp.vocab_size() != vocab_size:
         raise UserError(f"{file} has {sp.vocab_size()} pieces, VOCAB_SIZE={vocab_size}: unset that, or use other data")
@@ -3214,8 +3224,10 @@ class Checkpoints:
         try:
             if [tensor.shape for tensor in tensors.values()] != self.shapes:
                 raise ValueError("its tensors have other shapes")
+            if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                raise ValueError("its tensors are not finite")
             self.trainer.load_state(header["training"], list(tensors.values()))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise UserError(f"the newest checkpoint in {self.rt.run_dir} is of another training ({error!r})") from None
         self.saved = self.trainer.elapsed
         self.trainer.num_segments += self.trainer.may_step()
@@ -3840,8 +3852,11 @@ def unpack(script: bytes) -> bytes | None:
         return None
     payload = text[len(PACKED_HEAD) : -len(PACKED_TAIL)]
     try:
-        compressed = base64.b85decode(payload)
-        return lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(compressed, max_length=10_000_000)
+        decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**27)  # preset 9 needs half of that
+        source = decompressor.decompress(base64.b85decode(payload), max_length=10_000_000)
+        if not decompressor.eof or decompressor.unused_data:
+            raise ValueError("its source is cut off, too long, or followed by something")
+        return source
     except (ValueError, lzma.LZMAError) as error:
         raise UserError(f"the packed script is damaged ({error}): take the one that ran") from None
 
@@ -4023,7 +4038,10 @@ def load_artifact(path: str | Path, blob: bytes | None = None) -> tuple[Hyperpar
         fix = "if they are new, declare what older files stand for: ModelKnob(…, absent=…)"
         raise UserError(f"{path} lacks the model settings {', '.join(lost)}: {fix}")
     knobs |= assumed
-    h = Hyperparameters(**knobs)
+    try:
+        h = Hyperparameters(**knobs)
+    except UserError as error:
+        raise UserError(f"with the model settings of {path}: {error}") from None
     h.assumed = assumed
     for name in h.given.keys() & knobs.keys():
         if h.knobs()[name].parse(name, h.given[name]) != knobs[name]:
@@ -4042,7 +4060,7 @@ def load_artifact(path: str | Path, blob: bytes | None = None) -> tuple[Hyperpar
 def reload(run: Run, path: Path) -> dict[str, Any]:
     """Replace the model's weights by those in the file, and return the file's stats. Nothing else is scored."""
     start = run.rt.now()
-    blob = run.rt.on_rank0(path.read_bytes)
+    blob = run.rt.on_rank0(functools.partial(read_file, path, LARGEST_FILE))
     sha256 = hashlib.sha256(blob).hexdigest()
     _, decoded = load_artifact(path, blob)
     run.model.load_state_dict(decoded.state_dict())
@@ -4910,7 +4928,7 @@ def read_journal(folder: Path) -> dict[str, Any]:
         journal = {"stages": {}, "segments": []} | json.loads(content)
         check_journal(journal)
         return journal
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise UserError(f"{path} is no journal of a run ({error!r}): begin the run again") from None
 
 
@@ -4918,13 +4936,19 @@ def check_journal(journal: dict[str, Any]) -> None:
     """Raise ValueError, or what else the parts raise, where a journal does not have the form of one."""
     parts = [journal["stages"], *journal["stages"].values(), *journal["segments"]]
     parts += [journal[name] for name in ("settings", "data", "plan") if name in journal]
-    if not all(isinstance(part, dict) for part in parts):
+    if not isinstance(journal["segments"], list) or not all(isinstance(part, dict) for part in parts):
         raise ValueError("its parts are no dictionaries")
     for segment in journal["segments"]:
         seconds_since(segment["begun"], 0.0)
+        if not segment["begun"].isprintable():  # any character may stand between date and time
+            raise ValueError("a segment does not say when it began")
     names = [stats.get(name, "") for name in ("artifact", "checkpoint") for stats in journal["stages"].values()]
-    if not all(isinstance(name, str) for name in names):
+    if not all(isinstance(name, str) and name.isprintable() for name in names):
         raise ValueError("it does not name its files")
+    if "export" in journal["stages"] and "artifact" not in journal["stages"]["export"]:
+        raise ValueError("it does not name its artifact")
+    if "settings" in journal and not {"data", "code_sha256"} <= journal.keys():
+        raise ValueError("it does not say of what data and script it is")
     plan = journal.get("plan")
     if plan is None:
         return

@@ -295,7 +295,7 @@ def test_any_path_is_printed_in_any_encoding(encoding: str, corpus: SimpleNamesp
 
 def test_control_characters_of_a_value_are_shown(run_script: Callable) -> None:
     """A file of settings with the line ends of Windows: a bare \\r would overwrite the line that is about it."""
-    assert "SEED='1337\\r' is not allowed" in error_line(run_script(SEED="1337\r"))
+    assert "SEED=1337\\r is not allowed" in error_line(run_script(SEED="1337\r"))
 
 
 # ------------------------------------------------------------------------------------------------------------ disks
@@ -564,9 +564,9 @@ def test_a_shard_that_is_written_to_is_one_warning_and_one_with_other_tokens_an_
     for _ in range(6):
         steps.next_batch()
     assert [str(shard.path) in line for line in steps.rt.warnings] == [True]
-    content = bytearray(shard.path.read_bytes())
-    content[t.SHARD_HEADER_BYTES :] = b"\xff" * (len(content) - t.SHARD_HEADER_BYTES)
-    shard.path.write_bytes(content)
+    with shard.path.open("r+b") as file:  # without a moment in which it is shorter
+        file.seek(t.SHARD_HEADER_BYTES)
+        file.write(b"\xff" * (shard.size - t.SHARD_HEADER_BYTES))
     assert "has token 65535 since it was looked at" in step_until_it_fails(steps)
 
 
