@@ -98,13 +98,16 @@ bench-data: .venv/test ## measure encoding, opening of shards and shuffled loadi
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test: .venv/test ## run all tests: no network, no GPU
-	$(PYTEST) -m "not faults"
+	$(PYTEST) -m "not faults and not fuzz"
 
 faults: .venv/test ## kill runs at random, cut off hosts, and compare what comes out: about 7 minutes on 2 cores
 	$(BIN)/python -m pytest -rP $(FAULTS) tests/test_faults.py
 
+fuzz: .venv/test ## attack every reader with 100,000 hostile files: make fuzz, or make fuzz INPUTS=20000 SEED=5
+	FUZZ_INPUTS=$(INPUTS) FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -m fuzz tests/test_hostile_files.py
+
 test-fast: .venv/test ## run the tests of train_gpt.py's sections, without the slow ones: under a minute on two quiet cores
-	$(PYTEST) -m "not slow and not faults" tests/test_[0-9]*.py
+	$(PYTEST) -m "not slow and not faults and not fuzz" tests/test_[0-9]*.py
 
 lint: .venv/test ## check style and types
 	$(BIN)/ruff format --check .
@@ -113,4 +116,4 @@ lint: .venv/test ## check style and types
 clean: ## remove what these commands made, except logs/
 	rm -rf .venv data/datasets/demo_sp1024 data/tokenizers/demo_1024_bpe.model .pytest_cache .ruff_cache
 
-.PHONY: help setup demo data verify-data train fidelity audit report architecture submission-demo bench bench-data test test-fast faults lint clean
+.PHONY: help setup demo data verify-data train fidelity audit report architecture submission-demo bench bench-data test test-fast faults fuzz lint clean
