@@ -589,8 +589,8 @@ def read_launch() -> Launch:
             number = os.environ.get(variable, "")
             if number.isdecimal() and int(number) > 1:
                 raise UserError(
-                    f"{launcher} has started {number} processes, which do not know of each other (RANK and WORLD_SIZE "
-                    "are not set): have it start one torchrun on each machine"
+                    f"{launcher} has started {number} processes, which do not know of each other (RANK is not set): "
+                    f"have it start one torchrun on each machine; for a single process, `unset {variable}`"
                 )
         return Launch()
     numbers = {name: launch_number(name, given) for name in given}
@@ -677,26 +677,23 @@ def meet(launch: Launch) -> tuple[dist.Store, Launch]:
     """Wait until all processes of the run are there. Return the store through which they have found each other, and
     this process's place with its local rank. Raise UserError where they do not fit together, or do not come."""
     waiting = Waiting()
-    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     where = f"MASTER_ADDR:MASTER_PORT={launch.host}:{launch.port}"
     hosts_store = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not hosts_store:
         wait_for_port(launch, waiting, where)
-    host = "localhost" if hosts_store else launch.host
-    timeout = timedelta(seconds=JOIN_SECONDS)
-    slow = f"rank {launch.rank} has found something at {where} that does not answer as rank 0 does"
+    pool = concurrent.futures.ThreadPoolExecutor(1)  # what is done there hears no signal, and may take for ever
+    joining = pool.submit(open_store, launch, hosts_store)
+    pool.shutdown(wait=False)
+    while not concurrent.futures.wait([joining], 0.1).done:
+        waiting.go_on(f"an answer of rank 0 from {where}", "something else is there, choose another MASTER_PORT")
     try:
-        with tell_if_slow(3, f"{slow}; {JOIN_SECONDS:.0f}s more, then this run ends"):
-            store = dist.TCPStore(host, launch.port, is_master=hosts_store, wait_for_workers=False, timeout=timeout)
-            store = dist.PrefixStore(store_prefix(launch), store)
-            if launch.rank == 0:
-                store.set("world size", str(launch.world_size))
-            world_size = int(store.get("world size"))
+        store, world_size = joining.result()
         if world_size != launch.world_size:
             raise UserError(
                 f"WORLD_SIZE={launch.world_size}, but rank 0 at {where} has {world_size}: give all the same"
             )
         store.set(f"host {launch.rank}", host_name())
+        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         if store.add(f"rank {launch.rank}", 1) > 1 and not by_torchrun:
             raise UserError(f"two processes at {where} have RANK={launch.rank}: give each its own")
         wait_for_ranks(launch, store, waiting, where)
@@ -711,12 +708,23 @@ def meet(launch: Launch) -> tuple[dist.Store, Launch]:
     return store, launch
 
 
+def open_store(launch: Launch, hosts_store: bool) -> tuple[dist.Store, int]:
+    """Return the store of the run, which rank 0 hosts unless its launcher does, and the number of processes there."""
+    host = "localhost" if hosts_store else launch.host
+    timeout = timedelta(seconds=2 * JOIN_SECONDS)
+    store = dist.TCPStore(host, launch.port, is_master=hosts_store, wait_for_workers=False, timeout=timeout)
+    store = dist.PrefixStore(store_prefix(launch), store)
+    if launch.rank == 0:
+        store.set("world size", str(launch.world_size))
+    return store, int(store.get("world size"))
+
+
 def store_prefix(launch: Launch) -> str:
     """Return what tells the keys of a restarted run from those that it had before: otherwise a process would find the
     addresses of those before the restart (pytorch#135712). On several nodes, whose launchers count for themselves, only
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps."""
     if launch.world_size != launch.local_world_size:
-        return "run"
+        return f"run of {launch.world_size}"
     return f"run, restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
@@ -791,9 +799,8 @@ class Runtime:
         self.stop_time = 0.0
         self.finishes_steps = False  # a signal then waits for the end of the step
         self.handlers = {}  # signal -> what took care of it before
-        self.threads_by = "torch's choice"  # the reason for the number of threads
+        self.threads_by = self._set_threads()  # the reason for the number of threads
         if self.device.type == "cpu":
-            self.threads_by = self._set_threads()
             keep_freed_memory()
             torch.set_flush_denormal(True)
         if self.world_size > 1:
@@ -1106,11 +1113,16 @@ class Runtime:
             return numbers.tolist()
         copied = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
         copied.copy_(numbers, non_blocking=True)
-        previous = self.pending
+        previous = self.pending_list()
         self.pending = (copied, torch.cuda.current_stream().record_event())
-        if previous is None:
+        return previous
+
+    def pending_list(self) -> list[float] | None:
+        """Return the numbers that `lagged_list` would return next, once the device has them; or None."""
+        if self.pending is None:
             return None
-        values, event = previous
+        values, event = self.pending
+        self.pending = None
         event.synchronize()
         return values.tolist()
 
@@ -1193,7 +1205,7 @@ class Runtime:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(folder / name, *pieces)
             except OSError as error:
-                reason = reason or os_error_line(error)
+                reason += "; " * bool(reason) + os_error_line(error)
                 continue
             if folder is not self.run_dir:
                 self.warn(f"{name} is in {folder}, because {self.run_dir} took no more")
@@ -1591,6 +1603,12 @@ def require(module: str, otherwise: str) -> Any:
 
 def os_error_line(error: OSError) -> str:
     """Return what the system could not do with which file, and the fix where it is known, on one line."""
+    path = f"{error.filename}: " if error.filename else ""
+    return path + os_error_reason(error)
+
+
+def os_error_reason(error: OSError) -> str:
+    """Return what the system could not do, and the fix where it is known."""
     fixes = {
         errno.ENOSPC: ": free some space there",
         errno.EDQUOT: ": free some of your space there",
@@ -1598,8 +1616,7 @@ def os_error_line(error: OSError) -> str:
         errno.EACCES: ": change its permissions, or choose another place",
         errno.EMFILE: ": raise `ulimit -n`",
     }
-    path = f"{error.filename}: " if error.filename else ""
-    return f"{path}{error.strerror or error}{fixes.get(error.errno, '')}"
+    return f"{error.strerror or error}{fixes.get(error.errno, '')}"
 
 
 def read_file(path: Path, limit: int, name: str = "") -> bytes:
@@ -1616,7 +1633,7 @@ def read_file(path: Path, limit: int, name: str = "") -> bytes:
             raise UserError(f"{setting} has {size:,} bytes, and such files have at most {limit:,}: give the right one")
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{setting} cannot be read: {os_error_line(error)}") from None
+        raise UserError(f"{setting} cannot be read: {os_error_reason(error)}") from None
 
 
 def nearest_folder(path: Path) -> Path:
@@ -1624,15 +1641,15 @@ def nearest_folder(path: Path) -> Path:
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 
-def check_writable(folder: Path) -> None:
-    """Raise UserError unless files can be written into a folder, or it can be made where it is not there yet."""
+def check_writable(folder: Path, fix: str) -> None:
+    """Raise UserError, with the fix, unless files can be written into a folder, or it can be made where it is not there
+    yet."""
     try:
         if folder.is_symlink() and not folder.exists():
             raise OSError(errno.ENOENT, f"a link to {os.readlink(folder)}, which is not there", str(folder))
         with tempfile.TemporaryFile(dir=nearest_folder(folder)) as file:
             file.write(bytes(1024))
     except OSError as error:
-        fix = "mend that, or start in another folder: a run keeps its files in logs/, below where it is started"
         raise UserError(f"{folder.absolute()} takes no files ({error.strerror}): {fix}") from None
 
 
@@ -1888,6 +1905,7 @@ class TokenLoader:
         self.phase = 0
         self.order = None
         self.reported: set[Path] = set()  # shards that have changed
+        self.warned = -math.inf  # when a step that waited was warned of last
         self.waited = 0.0  # seconds that steps have waited for their tokens
         self.pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="loader")
         self.futures = collections.deque(self.pool.submit(self._read, step + ahead) for ahead in range(2))
@@ -1931,7 +1949,8 @@ class TokenLoader:
         windows = self.futures.popleft().result()
         seconds = time.perf_counter() - start
         self.waited += seconds
-        if seconds > SLOW_READ_SECONDS:
+        if seconds > SLOW_READ_SECONDS and start > self.warned + 60:
+            self.warned = start
             fix = "copy the shards to a disk of this machine"
             self.rt.warn(f"a step waited {seconds:.1f}s for its tokens from DATA_PATH={self.h.data_path}: {fix}")
         for shard in self.shards:
@@ -3148,19 +3167,21 @@ class Trainer:
             rt.log(f"WARNING: WARMDOWN_ITERS={h.warmdown_iters} steps do not fit into this run: use WARMDOWN_FRAC")
         if numbers is None:
             return
-        loss, norm, *norms = numbers
-        if not math.isfinite(loss + norm):
-            self._refuse_step(step, loss, norms)
+        self.check_step(step, numbers)
+        loss = numbers[0]
         is_last = self.num_steps == h.iterations
         if step <= 10 or step % h.train_log_every == 0 or is_last or self.elapsed - self.last_line > 30:
             self.last_line = self.elapsed
             self._log_step(step, loss, lr_scale)
 
-    def _refuse_step(self, step: int, loss: float, norms: list[float]) -> None:
-        """Raise UserError on a step whose loss or gradient is not finite. States with such values are never kept."""
+    def check_step(self, step: int, numbers: list[float]) -> None:
+        """Raise UserError if a step's loss or gradient is not finite. States with such values are never kept."""
         h = self.run.h
+        loss, norm, *norms = numbers
+        if math.isfinite(loss + norm):
+            return
         name = self.optimizer.first_not_finite(norms)
-        where, fix = "", f"lower MATRIX_LR={h.matrix_lr} or another rate"
+        where, fix = f", the norm of the gradient {norm}", f"lower MATRIX_LR={h.matrix_lr} or another rate"
         if name:
             where = f", the gradient of {name} is not finite"
             rate = param_group_of(name).lr
@@ -3246,13 +3267,13 @@ class Checkpoints:
 
     def _read_newest(self) -> bytes:
         for path in reversed(self._paths()):
+            blob = read_file(path, LARGEST_FILE)  # one that cannot be read ends this: it may be as good as any
             try:
-                blob = read_file(path, LARGEST_FILE)
                 parse(blob, str(path))
                 return blob
             except UserError as error:
                 self.rt.log(f"WARNING: {error}; the checkpoint before it is taken, if there is one")
-                path.unlink(missing_ok=True)
+                path.rename(f"{path}.damaged")
         return b""
 
     def after_step(self) -> None:
@@ -3344,6 +3365,9 @@ def train(run: Run) -> dict[str, Any]:
         trainer.check_and_log(lagged_numbers, lr_scale)
         checkpoints.after_step()
         trainer.validate_if_due()
+    last_numbers = rt.pending_list()
+    if last_numbers is not None:
+        trainer.check_step(trainer.num_steps, last_numbers)
     seconds = rt.broadcast_from_rank0(rt.now() - trainer.started)
     trainer.elapsed, trainer.stop_signal = seconds, rt.readings(0.0)[1]
     checkpoints.after_training()
@@ -3670,7 +3694,7 @@ def _preflight_calibration(run: Run) -> dict[str, Any]:
 def _preflight_scoring(run: Run) -> None:
     h, rt = run.h, run.rt
     chunk = h.ttt_chunk_tokens if h.ttt_mode == "score_first" else h.ttt_batch_seqs * h.reach
-    chunk = min(chunk, run.val.num_targets)
+    chunk = min(chunk, 2**22)  # more has no other shapes
     num_windows = 1 + rt.max_rows["scoring"] * rt.world_size
     val = random_text(h, max(chunk, num_windows * h.window))
     plain = Scorer(run, val, h.window)
@@ -4737,10 +4761,13 @@ class Journal:
         free = usage.free + sum(path.stat().st_size for path in self.folder.glob("checkpoint*.bin"))
         results, checkpoints = bytes_to_write(run)
         room = f"{folder} has room for {free / 1e6:,.0f} MB"
-        if free < results and not self.h.fallback_dir:
+        spare = 0
+        if self.h.fallback_dir:
+            spare = shutil.disk_usage(nearest_folder(Path(self.h.fallback_dir))).free
+        if max(free, spare) < results:
             raise UserError(
                 f"{room}, and the results of this run take {results / 1e6:,.0f} MB: "
-                "free some, start in another folder, or set FALLBACK_DIR"
+                "free some, start in another folder, or set FALLBACK_DIR to one with room"
             )
         if free < results + checkpoints:
             needed = f"this run, with its checkpoints, may take {(results + checkpoints) / 1e6:,.0f} MB"
@@ -4856,6 +4883,9 @@ def digest_of_heads(parts: list[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+ELSEWHERE = "mend that, or start in another folder: a run keeps its files in logs/, below where it is started"
+
+
 def launch_name() -> str:
     """Return what names the command that this process is of, after a restart by it, too."""
     return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.getppid()}"
@@ -4868,20 +4898,22 @@ def find_run(h: Hyperparameters) -> tuple[dict[str, Any], Any]:
     A run goes on by RESUME, or where its launcher has restarted it (torchrun, SLURM). Raise UserError where the run
     that is to go on is not there, is finished, or is being worked on.
     """
+    if h.fallback_dir:
+        check_writable(Path(h.fallback_dir), "set FALLBACK_DIR to a folder that does")
     folder = find_interrupted(h)
     if folder is None:
         folder = Path("logs") / (h.run_id or f"{datetime.fromtimestamp(time.time()):%Y%m%d-%H%M%S}")
         if h.run_id and folder.exists():
             fix = "choose another RUN_ID, move it away, or go on with it by RESUME=1"
             raise UserError(f"{folder} exists already: {fix}")
-        check_writable(folder.parent)
+        check_writable(folder.parent, ELSEWHERE)
         return {"folder": str(folder), "is_new": True, "journal": {}, "last_written": 0.0}, None
     if (folder / "submission.json").exists():
         raise UserError(f"the run in {folder} is finished: EVAL_ONLY={folder}/final_model.bin scores it again")
     logs = list(folder.glob("train.log"))
     if not logs and any(folder.iterdir()):
         raise UserError(f"{folder} has no train.log, so it is not the folder of a run: check RESUME and RUN_ID")
-    check_writable(folder)
+    check_writable(folder, ELSEWHERE)
     last_written = max((log.stat().st_mtime for log in logs), default=0.0)
     held = lock(folder)
     journal = read_journal(folder)
@@ -4999,8 +5031,14 @@ def leave(line: str, status: int) -> NoReturn:
     os._exit(status)
 
 
-def accept_any_text() -> None:
-    """Let the terminal show any text: with escapes for characters that its encoding does not have."""
+def prepare_streams() -> None:
+    """Let the terminal show any text: with escapes for characters that its encoding does not have. Where standard
+    streams are closed, take their numbers: the next file would get them, and what libraries print."""
+    while True:
+        number = os.open(os.devnull, os.O_RDWR)
+        if number > 2:
+            os.close(number)
+            break
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # there may be none
             stream.reconfigure(errors="backslashreplace")
@@ -5018,7 +5056,7 @@ def main() -> None:
     decoded = None
     source = h.eval_only or h.export_only
     if source:
-        h, decoded = load_artifact(source)
+        h, decoded = load_artifact(find_path(source, "EVAL_ONLY" if h.eval_only else "EXPORT_ONLY"))
     h = apply_manifest(h)
     with Runtime(h, launch) as rt:
         journal = Journal(h, rt)
@@ -5048,12 +5086,12 @@ def main() -> None:
 if __name__ == "__main__":
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun then shows the traceback of the first process that failed
         main = importlib.import_module("torch.distributed.elastic.multiprocessing.errors").record(main)
-    accept_any_text()
+    prepare_streams()
     try:
         main()
     except UserError as error:
         leave(f"train_gpt.py: error: {error}", status=1)
-    except OSError as error:  # its traceback is in the run's folder
+    except OSError as error:  # where the run has a folder, its traceback is there
         leave(f"train_gpt.py: error: {os_error_line(error)}", status=1)
     except Stopped as stopped:
         leave("", status=128 + stopped.number)

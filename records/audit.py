@@ -257,7 +257,7 @@ class Auditor:
         if not passed:
             failed = ", ".join(name for name, proof in proofs.items() if not proof["passed"])
             raise self.script.UserError(
-                f"the audit failed ({failed}): {rt.run_dir / 'compliance.json'} says what broke"
+                f"the audit failed ({failed}): {rt.saved.get('compliance.json', 'compliance.json')} says what broke"
             )
 
     def prove_artifact(self, run: Any, weights: dict[str, Tensor]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import math
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -191,6 +192,32 @@ def test_processes_that_are_not_of_one_run_are_refused(port: int, launched: Call
     assert "WORLD_SIZE=2, but rank 0 at" in wrong_size and "has 3: give all the same" in wrong_size
     assert sorted(isinstance(found, str) for found in (first, second)) == [False, True]
     assert "have RANK=1: give each its own" in (first if isinstance(first, str) else second)
+
+
+@pytest.mark.slow
+def test_something_else_at_the_port_is_waited_for_no_longer_and_ctrl_c_is_heard(
+    port: int, launched: Callable, monkeypatch: pytest.MonkeyPatch, corpus: SimpleNamespace, tmp_path: Path
+) -> None:
+    """It takes connections and says nothing: torch's store would wait, deaf to signals, and then try again."""
+    monkeypatch.setattr(t, "JOIN_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", port)):
+        (found,) = meet_all([t.Launch(1, 2, 1, 2, "127.0.0.1", port)])
+        assert "for an answer of rank 0 from" in found and "choose another MASTER_PORT" in found
+        settings = {**SHORT, "RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, str(t.CODE)]
+        environment = shell(corpus, **settings)
+        with subprocess.Popen(
+            command, env=environment, cwd=tmp_path, text=True, stderr=subprocess.PIPE, preexec_fn=hear_ctrl_c
+        ) as process:
+            assert "waiting for an answer of rank 0" in process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            assert "stopped before the run began" in process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+
+
+def hear_ctrl_c() -> None:
+    """Undo what a shell does to what it starts in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_a_port_that_is_taken_is_said(port: int, launched: Callable) -> None:
@@ -549,6 +576,28 @@ def test_a_shard_that_is_cut_short_ends_a_run_with_a_line(shard: t.Shard, loader
     assert f"{shard.path} had {shard.size} bytes, and has {shard.size // 2} now" in step_until_it_fails(steps)
 
 
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A volume that fails must not cost the checkpoints: the one before, or none, would have been gone on from."""
+    run = make_run(iterations=3, max_wallclock_seconds=0.0, val_loss_every=0, checkpoint_every=1e-9)
+    t.train(run)
+    kept = {path: path.read_bytes() for path in run.rt.run_dir.glob("checkpoint-*.bin")}
+    newest = max(kept, key=lambda path: path.name)
+
+    def fail(path: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(t.UserError, match=f"{newest.name} cannot be read: Input/output error"):
+        t.Checkpoints(t.Trainer(run)).restore()
+    monkeypatch.undo()
+    assert {path: path.read_bytes() for path in run.rt.run_dir.glob("checkpoint-*.bin")} == kept
+    newest.write_bytes(kept[newest][:-1])
+    t.Checkpoints(t.Trainer(run)).restore()
+    assert newest.with_name(f"{newest.name}.damaged").exists() and not newest.exists()
+
+
 def test_a_shard_that_is_deleted_ends_a_run_with_a_line(shard: t.Shard, loader: Callable) -> None:
     steps = loader()
     shard.path.unlink()
@@ -591,11 +640,11 @@ def test_a_volume_that_fails_for_a_moment_is_asked_again(shard: t.Shard, monkeyp
 
 def test_a_slow_volume_is_waited_for_and_named(loader: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = loader()
-    times = iter([0.0, 0.5, 1.0, 13.5])
+    times = iter([0.0, 0.5, 1.0, 13.5, 20.0, 22.0, 90.0, 92.0])
     monkeypatch.setattr(t, "time", SimpleNamespace(perf_counter=lambda: next(times)))
-    steps.next_batch()
-    steps.next_batch()
-    assert steps.waited == 13.0 and len(steps.rt.warnings) == 1
+    for _ in range(4):
+        steps.next_batch()
+    assert steps.waited == 17.0 and len(steps.rt.warnings) == 2  # one a minute at most
     assert "a step waited 12.5s for its tokens from DATA_PATH=" in steps.rt.warnings[0]
 
 

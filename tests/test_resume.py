@@ -268,7 +268,7 @@ def test_segments_have_their_wall_clock_and_the_log_shows_the_break(make_run: Ca
 
 def test_a_run_goes_on_after_its_last_complete_stage(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(t, "load_artifact", lambda path: (None, path))
-    stats = {"steps": 5, "train_seconds": 1 / 3}
+    stats = {"steps": 5, "train_seconds": 1 / 3, "artifact": "final_model.bin", "checkpoint": "checkpoint.bin"}
     for complete, stage in (([], "train"), (["train"], "calibrate"), (["train", "calibrate", "export"], "score")):
         name = f"run{len(complete)}"
         run, journal = begin(make_run, run_id=name)
