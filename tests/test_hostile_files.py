@@ -350,7 +350,7 @@ def journal(make_run: Callable) -> Reader:
     crafted = [as_json(change | tree | change) for change in changes] + tricks(tree, t.LARGEST_JSON)
     crafted += [as_json({key: value for key, value in tree.items() if key != name}) for name in tree]
     attacks = contents(json_texts(tree), json_texts(at_first))
-    names = ("logs/a", "is a folder", "is a pipe or a device")
+    names = ("logs/a", "is a folder", "is a pipe or a device", "cannot be read")  # a file elsewhere
     return Reader(valid, "logs/a/journal.json", attacks, crafted, read, names)
 
 
