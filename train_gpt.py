@@ -681,9 +681,7 @@ def meet(launch: Launch) -> tuple[dist.Store, Launch]:
     hosts_store = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not hosts_store:
         wait_for_port(launch, waiting, where)
-    pool = concurrent.futures.ThreadPoolExecutor(1)  # what is done there hears no signal, and may take for ever
-    joining = pool.submit(open_store, launch, hosts_store)
-    pool.shutdown(wait=False)
+    joining = in_daemon(open_store, launch, hosts_store)  # which hears no signal, and may take for ever
     while not concurrent.futures.wait([joining], 0.1).done:
         waiting.go_on(f"an answer of rank 0 from {where}", "something else is there, choose another MASTER_PORT")
     try:
@@ -706,6 +704,21 @@ def meet(launch: Launch) -> tuple[dist.Store, Launch]:
         own = hosts[launch.rank]
         launch = launch._replace(local_rank=hosts[: launch.rank].count(own), local_world_size=hosts.count(own))
     return store, launch
+
+
+def in_daemon(function: Callable, *args: Any) -> concurrent.futures.Future:
+    """Call a function in a thread that no end of this process waits for."""
+    future = concurrent.futures.Future()
+
+    def call() -> None:
+        """Keep what the call returns or raises."""
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
 
 
 def open_store(launch: Launch, hosts_store: bool) -> tuple[dist.Store, int]:
