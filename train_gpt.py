@@ -4992,6 +4992,10 @@ def check_journal(journal: dict[str, Any]) -> None:
         raise ValueError("it does not name its files")
     if "export" in journal["stages"] and "artifact" not in journal["stages"]["export"]:
         raise ValueError("it does not name its artifact")
+    counted = ("train_segments", "train_seconds", "calibration_seconds", "averaged_bpb")
+    numbers = [stats.get(name, 0) for name in counted for stats in journal["stages"].values()]
+    if not all(type(number) in (int, float) for number in numbers):
+        raise ValueError("its numbers are none")
     if "settings" in journal and not {"data", "code_sha256"} <= journal.keys():
         raise ValueError("it does not say of what data and script it is")
     plan = journal.get("plan")

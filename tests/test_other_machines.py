@@ -410,7 +410,13 @@ def test_a_journal_that_cannot_be_written_is_one_warning_and_keeps_the_checkpoin
 
 @pytest.mark.parametrize(
     ("free", "fallback", "outcome"),
-    [(10**12, "", ""), (3_000_000, "", "error"), (3_000_000, "/spare", "warning"), (7_000_000, "", "warning")],
+    [
+        (10**12, "", ""),
+        (3_000_000, "", "error"),
+        (3_000_000, "full too", "error"),
+        (3_000_000, "/on a large disk", "warning"),
+        (7_000_000, "", "warning"),
+    ],
 )
 def test_room_is_looked_for_before_the_run(
     free: int, fallback: str, outcome: str, make_run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -425,7 +431,8 @@ def test_room_is_looked_for_before_the_run(
     journal.h, journal.rt, journal.folder = run.h, run.rt, tmp_path / "logs" / "new"
     warnings: list[str] = []
     monkeypatch.setattr(run.rt, "warn", warnings.append)
-    monkeypatch.setattr(t.shutil, "disk_usage", lambda path: SimpleNamespace(total=free, free=free))
+    rooms = {Path("/"): 10**12}
+    monkeypatch.setattr(t.shutil, "disk_usage", lambda path: SimpleNamespace(total=1, free=rooms.get(path, free)))
     if outcome == "error":
         with pytest.raises(t.UserError, match="has room for 3 MB, and the results of this run take 5 MB: free some"):
             journal._check_room(run)
