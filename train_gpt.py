@@ -1730,7 +1730,7 @@ def find_path(path: str | Path, variable: str) -> Path:
             if (base / path).exists():
                 return base / path
     except OSError as error:  # a name that is too long
-        raise UserError(f"{variable}={path} cannot be read: {os_error_line(error)}") from None
+        raise UserError(f"{variable}={path} cannot be read: {os_error_reason(error)}") from None
     fix = DATA_HELP if variable.endswith("_PATH") else "runs leave such files in logs/, the project has records/"
     raise UserError(f"{variable}={path} does not exist (searched from {Path.cwd()}): {fix}")
 
@@ -1824,13 +1824,12 @@ def apply_manifest(h: Hyperparameters) -> Hyperparameters:
     path = folder / "manifest.json"
     if not path.exists():
         return h
+    content = read_file(path, LARGEST_JSON)
     try:
-        manifest = json.loads(read_file(path, LARGEST_JSON))
+        manifest = json.loads(content)
         tokenizer = manifest["tokenizer"]
         listed = {(name, int(entry["tokens"])) for name, entry in manifest["files"].items()}
         found = {"vocab_size": int(tokenizer["vocab_size"]), "tokenizer_path": str(folder / tokenizer["path"])}
-    except UserError:
-        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise UserError(f"{path} is not a manifest of token shards ({error!r}): rebuild or remove it") from None
     shards = [shard for split in ("train", "val") for shard in folder.glob(f"*_{split}_*.bin")]
@@ -1917,7 +1916,7 @@ class TokenLoader:
         self.epoch = -1  # the epoch that `phase` and `order` belong to
         self.phase = 0
         self.order = None
-        self.reported: set[Path] = set()  # shards that have changed
+        self.unchanged = [shard for shard in shards if isinstance(shard, Shard)]  # random tokens are arrays
         self.warned = -math.inf  # when a step that waited was warned of last
         self.waited = 0.0  # seconds that steps have waited for their tokens
         self.pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="loader")
@@ -1966,10 +1965,9 @@ class TokenLoader:
             self.warned = start
             fix = "copy the shards to a disk of this machine"
             self.rt.warn(f"a step waited {seconds:.1f}s for its tokens from DATA_PATH={self.h.data_path}: {fix}")
-        for shard in self.shards:
-            if getattr(shard, "was_changed", False) and shard.path not in self.reported:
-                self.reported.add(shard.path)
-                self.rt.warn(f"{shard.path} was written to since this run began: it may train on other tokens now")
+        for shard in [shard for shard in self.unchanged if shard.was_changed]:
+            self.unchanged.remove(shard)
+            self.rt.warn(f"{shard.path} was written to since this run began: it may train on other tokens now")
         return windows
 
     def next_batch(self) -> list[tuple[Tensor, Tensor]]:
@@ -4728,10 +4726,11 @@ class Journal:
         of_rank0 = json.loads(rt.on_rank0(lambda: json.dumps(now).encode()))
         differences = self._differences(of_rank0, now)
         if differences:
-            raise UserError(f"rank {rt.rank} is not of the run of rank 0: there, {'; '.join(differences)}")
+            raise UserError(f"rank {rt.rank} is not of the run of rank 0: {'; '.join(differences)}")
         differences = self._differences(self.content, now)
         if differences:
-            raise UserError(f"{self.folder} was another run, so it cannot go on: {'; '.join(differences)}")
+            own = f"its script is {self.folder / 'train_gpt.py'}"
+            raise UserError(f"{self.folder} was another run, so it cannot go on: {'; '.join(differences)}; {own}")
         rt.on_rank0(functools.partial(self._check_room, run))
         if self.is_new:
             self.folder = Path(rt.on_rank0(self._make_folder).decode())
@@ -4757,12 +4756,12 @@ class Journal:
         for name, value in now["settings"].items():
             old = before["settings"].get(name, "unknown")
             if old != value:
-                differences.append(f"{name.upper()} was {old} and is {value}")
+                differences.append(f"{name.upper()} is {value} and not {old}")
         for name, value in now["data"].items():
             if before["data"].get(name, value) != value:
-                differences.append(f"the {name} in DATA_PATH={self.h.data_path} is not what it was")
+                differences.append(f"the {name} in DATA_PATH={self.h.data_path} is another")
         if before["code_sha256"] != now["code_sha256"]:
-            differences.append(f"the script was the one that is now {self.folder / 'train_gpt.py'}")
+            differences.append(f"this script, {CODE}, is another")
         return differences
 
     def _check_room(self, run: Run) -> bytes:
@@ -4896,12 +4895,12 @@ def digest_of_heads(parts: list[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-ELSEWHERE = "mend that, or start in another folder: a run keeps its files in logs/, below where it is started"
-
-
 def launch_name() -> str:
     """Return what names the command that this process is of, after a restart by it, too."""
     return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.getppid()}"
+
+
+ELSEWHERE = "mend that, or start in another folder: a run keeps its files in logs/, below where it is started"
 
 
 def find_run(h: Hyperparameters) -> tuple[dict[str, Any], Any]:

@@ -705,3 +705,4 @@ def test_so_is_any_of_a_hundred_thousand(
         tally = attack(reader, make_run, tmp_path, NUM_FUZZ_INPUTS // len(READERS), SEED)
         counts = "{tried:,} inputs, {refused:,} refused, {accepted:,} accepted, slowest {slowest:.2f} s".format(**tally)
         print(f"{counts}, peak {tally['peak'] / 2**20:,.0f} MiB", end=" ", flush=True)
+    assert tally["tried"] == tally["refused"] + tally["accepted"] >= NUM_FUZZ_INPUTS // len(READERS)

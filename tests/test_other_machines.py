@@ -248,7 +248,7 @@ def test_ranks_with_other_settings_than_rank_0_are_refused(corpus: SimpleNamespa
         command = [sys.executable, str(t.CODE)]
         processes.append(subprocess.Popen(command, env=environment, cwd=tmp_path, text=True, stderr=subprocess.PIPE))
     said = [process.communicate(timeout=120)[1] for process in processes]
-    assert "rank 1 is not of the run of rank 0: there, SEED was 1 and is 2" in said[1]
+    assert "rank 1 is not of the run of rank 0: SEED is 2 and not 1" in said[1]
     assert all(process.returncode != 0 for process in processes)
 
 

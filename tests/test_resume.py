@@ -240,10 +240,10 @@ def test_each_difference_to_what_the_run_was_is_named(make_run: Callable) -> Non
         journal.begin(other._replace(code=b"another script", train_shards=[]))
     message = str(caught.value)
     for part in (
-        "MATRIX_LR was 0.027 and is 0.02",
-        "TTT_EPOCHS was 3 and is 5",
+        "MATRIX_LR is 0.02 and not 0.027",
+        "TTT_EPOCHS is 5 and not 3",
         "the validation text in DATA_PATH=",
-        "the script was the one that is now logs/a/train_gpt.py",
+        "is another; its script is logs/a/train_gpt.py",
     ):
         assert part in message
     assert "TRAIN_LOG_EVERY" not in message and "training shards" not in message
