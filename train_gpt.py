@@ -40,6 +40,7 @@ import errno
 import functools
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import json
 import linecache
@@ -97,7 +98,7 @@ BIG = 10**12
 NUMBER = re.compile(r"[+-]?((0|[1-9][0-9_]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 # Variables of the published scripts that have no effect here: whole names, or their first word. See the README.
 RETIRED = {
-    *"DTG EMBED_LR GPTQ GRAD_QUANT HEAD_LR KEEP_FLOAT_MAX_NUMEL LATE LAWA MTP QAT WEIGHT_DECAY".split(),
+    *"DTG EMBED_LR GPTQ_SAMPLES GRAD_QUANT HEAD_LR KEEP_FLOAT_MAX_NUMEL LATE LAWA MTP QAT WEIGHT_DECAY".split(),
     *"TRIGRAM_VOCAB_SIZE TRIGRAM_DIM".split(),
 }
 # Names, and first words of names, that unrelated programs use too (MAX_JOBS). Only near-misses of these are rejected.
@@ -306,7 +307,12 @@ class Hyperparameters:
     fp16_keep_name_patterns = Knob("", None, "comma-separated parts of names; such tensors are stored in fp16")
     quant_floor = AutoKnob((0.0, 1e3), "smallest clip of a row; auto: the smallest with which the file fits SIZE_LIMIT")
     prune_frac = Knob(0.0, (0.0, 0.9), "zero this part of each quantized matrix, smallest magnitudes first")
-    compressor = Knob("zstd", ("zstd", "lzma"), "zstd: level 22; lzma: preset 9, extreme")
+    gptq_enabled = Knob(False, None, "round by GPTQ, with Hessians and steps learned from training tokens")
+    gptq_calibration_batches = Knob(16, (1, 100_000), "batches of TRAIN_BATCH_TOKENS that GPTQ learns from")
+    gptq_reserve_seconds = AutoKnob(
+        (0.0, 1e9), "seconds of MAX_WALLCLOCK_SECONDS kept for that; auto: what the preflight predicts"
+    )
+    compressor = Knob("zstd", ("zstd", "lzma", "rans"), "zstd: level 22; lzma: preset 9, extreme; rans: our own")
     size_of_code = Knob("packed", ("packed", "raw"), "form of the script that is shipped, counted and fitted against")
     size_limit = Knob(SIZE_LIMIT_BYTES, (1, SIZE_LIMIT_BYTES), "maximum bytes of code + model")
     # scoring and adaptation
@@ -338,6 +344,7 @@ class Hyperparameters:
         self.given = read_environment(knobs)  # knob -> text
         self.chosen = {*self.given, *overrides}  # names that the data's manifest must not change
         self.assumed: dict[str, Any] = {}  # model settings that an older artifact lacks; see load_artifact
+        self.predicted_seconds: dict[str, float] = {}  # of calibrations, by name; see plan_calibration
         for name in overrides:
             if name not in knobs:
                 raise UserError(f"{name} is not a setting{suggest(name, knobs)}")
@@ -368,7 +375,7 @@ class Hyperparameters:
             self.resume = ""
         self.first_stage = "train"  # of this process: train, calibrate, export or score
         if self.export_only:
-            self.first_stage = "export"
+            self.first_stage = "calibrate" if self.gptq_enabled else "export"
         if self.eval_only:
             self.first_stage = "score"
         self.head_dim = self.model_dim // self.num_heads
@@ -827,7 +834,7 @@ class Runtime:
             refuse_kernels(h)
         self.max_rows = self._initial_rows(h)
         self.keeps_rows = False  # which an earlier segment of the run has found
-        self.pass_seconds: dict[str, float] = {}  # of a batch of scoring, a step of adaptation
+        self.pass_seconds: dict[str, float] = {}  # of a batch of scoring, a step of adaptation, …: see the preflight
         torch.manual_seed(h.seed)
 
     def _join_group(self) -> None:
@@ -2629,11 +2636,14 @@ class GPT(nn.Module):
                 outputs[i] = x
         return rms_norm(x)
 
-    def forward_logits(self, input_ids: Tensor, last_n: int | None = None) -> Tensor:
-        """Return logits (B, t, V), fp32, within the soft cap (Gemma 2, 2024)."""
-        x = self.hidden(input_ids, last_n)
+    def head(self, x: Tensor) -> Tensor:
+        """Return logits (B, t, V), fp32, within the soft cap (Gemma 2, 2024), of final states (B, t, D)."""
         logits = F.linear(x, self.tok_emb.weight.to(x.dtype)).float()
         return self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+
+    def forward_logits(self, input_ids: Tensor, last_n: int | None = None) -> Tensor:
+        """Return logits (B, t, V) at the last t positions of inputs (B, T)."""
+        return self.head(self.hidden(input_ids, last_n))
 
     def token_nll(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
         """Return nats (B, t) of targets (B, t) at the last t positions of inputs (B, T); 0 where a target is -100."""
@@ -2724,6 +2734,11 @@ def param_group_of(name: str) -> ParamGroup:
     found = [group for group in PARAM_GROUPS if re.fullmatch(group.pattern, name)]
     assert len(found) == 1, f"parameter {name} is in the groups {[group.name for group in found]}"
     return found[0]
+
+
+def family_of(name: str) -> str:
+    """Return the name of a stored tensor's group, or "other": a file may be of another script."""
+    return next((group.name for group in PARAM_GROUPS if re.fullmatch(group.pattern, name)), "other")
 
 
 def knob_or_value(h: Hyperparameters, field: str | float) -> Any:
@@ -2985,27 +3000,11 @@ class Run(NamedTuple):
     calibrated: Mapping[str, Any] = MappingProxyType({})  # what each calibration returned, by name
 
 
-class Calibration(NamedTuple):
-    """Work between training and export that may read training shards, such as the statistics of activations.
-
-    Its seconds belong to the 600 of training: steps stop earlier by `reserve_seconds`. `measure(run)` is called twice:
-    in the preflight, on random shards and weights, and after training, on the real shards and the averaged weights.
-    What it returns is `run.calibrated[name]` during the export. EXPORT_ONLY has no training shards and runs none.
-    """
-
-    name: str
-    reserve_seconds: float | str  # text names a knob
-    measure: Callable[[Run], Any]
-
-
-CALIBRATIONS: tuple[Calibration, ...] = ()
-
-
 def training_budget(h: Hyperparameters) -> float:
     """Return the seconds that steps may take: MAX_WALLCLOCK_SECONDS less what calibrations reserve. 0 is no limit."""
     if not h.max_wallclock_seconds:
         return 0.0
-    reserved = sum(knob_or_value(h, calibration.reserve_seconds) for calibration in CALIBRATIONS)
+    reserved = sum(reserved_seconds(h, calibration) for calibration in calibrations(h))
     if reserved >= h.max_wallclock_seconds:
         cap = f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g}"
         raise UserError(f"calibrations reserve {reserved:g} s, and {cap} leaves no time to train: raise it")
@@ -3019,6 +3018,8 @@ def build_run(h: Hyperparameters, rt: Runtime, decoded: GPT | None = None) -> Ru
         raise UserError(f"EVAL_ATTN_WINDOW={h.eval_attn_window} is smaller than {least}: use that or more")
     val = load_validation_tokens(h)
     shards = []
+    if h.export_only and h.first_stage == "calibrate":
+        choose_export_stage(h, rt)
     if h.first_stage in ("train", "calibrate"):
         shards = load_shards(h, "train")
         batch_plan(h, rt)  # raises now what training would raise later
@@ -3398,16 +3399,200 @@ def train(run: Run) -> dict[str, Any]:
     return stats | {"checkpoint": checkpoint, "averaged_bpb": averaged.val_bpb}
 
 
+class Curvature(NamedTuple):
+    """What training tokens say of a quantized parameter: how much an error in it costs."""
+
+    importance: float  # mean over its weights of the squared gradient
+    dead: Tensor | None = None  # columns whose input is always 0: bool (cols,). None: not a linear map, as the rest
+    order: Tensor | None = None  # columns by descending mean square of their input: int64 (cols,)
+    factor: Tensor | None = None  # U (cols, cols), upper triangular, with U^T U = (H + damping)^-1 in that order
+
+
+class CurvatureSums:
+    """Sums over training tokens, for each quantized parameter: squared gradients, and the Hessian H = sum x x^T of the
+    inputs x of each linear map. The token embedding is one too, as the head."""
+
+    HEAD = "tok_emb.weight"
+    DAMPING = 0.01  # of the mean of H's diagonal; 0.01 to 0.05 in published systems, without a measured difference
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.model = run.model
+        self.quantized = {n: p for n, p in run.model.named_parameters() if stored_bits(run.h, n) < 16}
+        device = run.rt.device
+        self.squares = {name: torch.zeros((), device=device) for name in self.quantized}
+        self.linears = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, Linear) and f"{name}.weight" in self.quantized:
+                self.linears[f"{name}.weight"] = module
+        self.hessians = {}  # name -> fp32 (cols, cols)
+        for name in [*self.linears, self.HEAD]:
+            if name in self.quantized:
+                cols = self.quantized[name].size(1)
+                self.hessians[name] = torch.zeros(cols, cols, device=device)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """See the inputs of all linear maps, in this context. A fused MLP calls no modules, so none is used in it."""
+        self.model.zero_grad(set_to_none=True)  # of the last step
+        hooks = []
+        for name, module in self.linears.items():
+            see = functools.partial(self._see_input, name)
+            hooks.append(module.register_forward_pre_hook(lambda _, arguments, see=see: see(arguments[0])))
+        fused = [block.mlp.fused for block in self.model.blocks]
+        for block in self.model.blocks:
+            block.mlp.fused = None
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for block, kernel in zip(self.model.blocks, fused):
+                block.mlp.fused = kernel
+
+    def _see_input(self, name: str, x: Tensor) -> None:
+        """Add inputs (…, cols). TF32 products of bf16 inputs are exact."""
+        rows = x.detach().flatten(0, -2).float()
+        self.hessians[name].addmm_(rows.T, rows)
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add the tokens of a pass, inputs and targets (B, T)."""
+        states = self.model.hidden(inputs)
+        if self.HEAD in self.hessians:
+            self._see_input(self.HEAD, states)
+        F.cross_entropy(self.model.head(states).flatten(0, 1), targets.flatten()).backward()
+        for name, parameter in self.quantized.items():
+            if parameter.grad is not None:
+                # The gradient of a mean over n tokens is mostly noise, whose square falls as 1/n.
+                self.squares[name] += parameter.grad.square().mean() * targets.numel()
+        self.model.zero_grad(set_to_none=True)
+
+    def reduce(self) -> None:
+        """Sum over the processes."""
+        for tensor in [*self.squares.values(), *self.hessians.values()]:
+            self.run.rt.all_reduce(tensor)
+
+    def solve(self) -> dict[str, Curvature]:
+        """Return the curvature of each quantized parameter. Hessians of one size are factored in one batch."""
+        device = self.run.rt.device
+        curvatures = {name: Curvature(square.item()) for name, square in self.squares.items()}
+        by_size: dict[int, list[str]] = {}
+        for name, hessian in self.hessians.items():
+            by_size.setdefault(len(hessian), []).append(name)
+        for names in by_size.values():
+            hessians = torch.stack([self.hessians.pop(name) for name in names])
+            if device.type == "mps":
+                hessians = hessians.cpu()  # not all of torch's factorizations exist there
+            for name, *parts in zip(names, *factor_hessians(hessians, self.DAMPING)):
+                dead, order, factor = [part.to(device) for part in parts]
+                if name == self.HEAD:
+                    dead = torch.zeros_like(dead)  # as the embedding, such a column is still read
+                curvatures[name] = Curvature(curvatures[name].importance, dead, order, factor)
+        return curvatures
+
+
+def factor_hessians(hessians: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return, for symmetric H (n, C, C): which columns are dead (n, C), the order of columns by descending diagonal
+    (n, C), and the upper Cholesky factor U (n, C, C) of the inverse of H + damping in that order (Frantar et al. 2022).
+
+    The damping is a part of the mean of H's diagonal, ten times as much where that is not positive definite in fp32.
+    """
+    diagonal = hessians.diagonal(dim1=1, dim2=2)
+    dead = diagonal == 0
+    diagonal.masked_fill_(dead, 1.0)
+    order = diagonal.argsort(dim=1, descending=True, stable=True)
+    hessians = hessians.gather(1, order.unsqueeze(2).expand_as(hessians))
+    hessians = hessians.gather(2, order.unsqueeze(1).expand_as(hessians))
+    mean = hessians.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    while damping < 1e3:
+        damped = hessians.clone()
+        damped.diagonal(dim1=1, dim2=2).add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed.any():
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed.any() and factor.isfinite().all():
+                return dead, order, factor
+        damping *= 10
+    raise UserError("GPTQ's Hessians have no factor: activations are not finite; lower MATRIX_LR, or GPTQ_ENABLED=0")
+
+
+def measure_curvature(run: Run) -> dict[str, Curvature]:
+    """Return, on rank 0, the curvature of each quantized parameter, from GPTQ_CALIBRATION_BATCHES of the training
+    shards; other ranks help to sum. They are the batches that training began with, on however many processes."""
+    h, rt = run.h, run.rt
+    sums = CurvatureSums(run)
+    loader = TokenLoader(h, rt, run.train_shards)
+    progress = Progress(rt, "calibrating GPTQ", h.gptq_calibration_batches, "batch")
+    with sums.watching():
+        for _ in range(h.gptq_calibration_batches):
+            start = rt.now()
+            for x, y in loader.next_batch():
+                rows = rt.max_rows.get("calibration", len(x))
+                for inputs, targets in zip(x.split(rows), y.split(rows)):
+                    sums.add(inputs, targets)
+            rt.pass_seconds["calibration"] = rt.now() - start
+            progress.advance(1)
+    loader.pool.shutdown()
+    start = rt.now()
+    sums.reduce()
+    curvatures = sums.solve() if rt.rank == 0 else {}
+    rt.pass_seconds["factorization"] = rt.broadcast_from_rank0(rt.now() - start)
+    return curvatures
+
+
+class Calibration(NamedTuple):
+    """Work between training and export that may read training shards, such as the statistics of activations.
+
+    Its seconds belong to the 600 of training: steps stop earlier by `reserve_seconds`. `measure(run)` is called twice:
+    in the preflight, on random shards and weights, and after training, on the real shards and the averaged weights.
+    What it returns is `run.calibrated[name]` during the export.
+    """
+
+    name: str
+    reserve_seconds: float | str  # text names a knob; auto is what the preflight predicts
+    measure: Callable[[Run], Any]
+    switch: str = ""  # knob that turns it on; empty: always on
+
+
+CALIBRATIONS: tuple[Calibration, ...] = (
+    Calibration("gptq", "gptq_reserve_seconds", measure_curvature, switch="gptq_enabled"),
+)
+
+
+def calibrations(h: Hyperparameters) -> list[Calibration]:
+    """Return the calibrations that are on."""
+    return [c for c in CALIBRATIONS if not c.switch or getattr(h, c.switch)]
+
+
+def reserved_seconds(h: Hyperparameters, calibration: Calibration) -> float:
+    """Return the seconds that are kept for a calibration. Before the preflight, auto is 0."""
+    seconds = knob_or_value(h, calibration.reserve_seconds)
+    return h.predicted_seconds.get(calibration.name, 0.0) if seconds == "auto" else seconds
+
+
+def choose_export_stage(h: Hyperparameters, rt: Runtime) -> None:
+    """With EXPORT_ONLY, calibrate where there are training shards on every rank; otherwise say so, and only export."""
+    try:
+        load_shards(h, "train")
+        reason = ""
+    except UserError as error:
+        reason = str(error)
+    if rt.least(not reason) == 0:
+        h.first_stage = "export"
+        rt.warn(f"GPTQ_ENABLED=1 needs training shards, so the clip search quantizes: {reason or 'a rank has none'}")
+
+
 def calibrate(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run the calibrations, the last stage allowed to read training shards. Return their results by name, and stats."""
     rt = run.rt
     learned = {}
     total = 0.0
-    for name, reserve_seconds, measure in CALIBRATIONS:
+    for calibration in calibrations(run.h):
+        name = calibration.name
         start = rt.now()
-        learned[name] = measure(run)
+        learned[name] = calibration.measure(run)
         seconds = rt.broadcast_from_rank0(rt.now() - start)
-        reserved = knob_or_value(run.h, reserve_seconds)
+        reserved = reserved_seconds(run.h, calibration)
         warning = ", WARNING: more than was reserved" if seconds > reserved else ""
         rt.log(f"calibration took {seconds:.1f}s of {reserved:.1f}s: {name}{warning}")
         total += seconds
@@ -3693,13 +3878,50 @@ def _preflight_training(run: Run) -> Trainer:
 
 
 def _preflight_calibration(run: Run) -> dict[str, Any]:
-    h = run.h
-    if not CALIBRATIONS:
+    """Calibrate on two batches of random tokens, of which the second shows how long one takes."""
+    h = copy.copy(run.h)
+    if not calibrations(h):
         return {}
     rng = np.random.default_rng(h.seed)
     shard = rng.integers(h.vocab_size, size=2 * h.train_batch_tokens + 1, dtype=np.uint16)
-    run = run._replace(train_shards=[shard], val=random_text(h, h.window))
-    return {name: measure(run) for name, _, measure in CALIBRATIONS}
+    h.gptq_calibration_batches = 2
+    run = run._replace(h=h, train_shards=[shard], val=random_text(h, h.window))
+    if h.gptq_enabled:
+        fit_calibration(run)
+    return {calibration.name: calibration.measure(run) for calibration in calibrations(h)}
+
+
+def fit_calibration(run: Run) -> None:
+    """Find how many sequences a pass of the calibration can have: eager, it needs more memory than training."""
+    h, rt = run.h, run.rt
+    rows, _ = batch_plan(h, rt)
+    rt.max_rows["calibration"] = rows
+
+    def first_pass() -> None:
+        """Make a pass on random tokens."""
+        sums = CurvatureSums(run)
+        with sums.watching():
+            x = torch.randint(h.vocab_size, (rt.max_rows["calibration"], h.train_seq_len), device=rt.device)
+            sums.add(x, x.roll(-1, -1))
+
+    fit_rows(rt, "calibration", rows, first_pass)
+
+
+def plan_calibration(run: Run) -> None:
+    """Predict the seconds of GPTQ's calibration from the preflight's, and keep them where that is left to the run."""
+    h, rt = run.h, run.rt
+    if "calibration" not in rt.pass_seconds:
+        return
+    batches = h.gptq_calibration_batches * rt.pass_seconds["calibration"]
+    predicted = rt.broadcast_from_rank0(batches + rt.pass_seconds["factorization"])
+    h.predicted_seconds["gptq"] = 1.2 * predicted + 0.5
+    reserved = h.predicted_seconds["gptq"] if h.gptq_reserve_seconds == "auto" else h.gptq_reserve_seconds
+    line = f"calibration of GPTQ on {h.gptq_calibration_batches} batches will take about {predicted:.1f}s"
+    rt.log(f"plan: {line}, {reserved:.1f}s are kept for it")
+    if predicted > reserved:
+        rt.log(f"WARNING: {line}, more than GPTQ_RESERVE_SECONDS={reserved:g}: use auto, or fewer batches")
+    if h.trains:
+        training_budget(h)  # raises where nothing is left
 
 
 def _preflight_scoring(run: Run) -> None:
@@ -3745,6 +3967,8 @@ class Prepared(NamedTuple):
     bits: int
     values: Tensor  # fp32 (rows, cols), pruned; or fp16 where bits == 16
     clips: Tensor | None  # candidates for each row: fp32 (quantiles, rows, 1)
+    floor_scale: float = 1.0  # of this parameter's floor, in units of QUANT_FLOOR
+    curvature: Curvature | None = None  # of a linear map that GPTQ rounds
 
 
 class Stored(NamedTuple):
@@ -3769,6 +3993,8 @@ def prepare_weights(run: Run, weights: dict[str, Tensor], prune_frac: float) -> 
 
     Everything that does not depend on the grid belongs here; `run.calibrated` has what calibrations found out.
     """
+    curvatures = run.calibrated.get("gptq", {})
+    floor_scales = scale_floors(run.h, weights, curvatures)
     prepared = []
     for name, w in weights.items():
         w = w.detach()
@@ -3781,8 +4007,34 @@ def prepare_weights(run: Run, weights: dict[str, Tensor], prune_frac: float) -> 
             threshold = w.abs().flatten().kthvalue(num_pruned).values
             w = w.masked_fill(w.abs() <= threshold, 0.0)
         w = w.float()
-        prepared.append(Prepared(name, bits, w, row_clips(w)))
+        curvature = curvatures.get(name)
+        if curvature is not None and curvature.dead is None:
+            curvature = None  # a table, whose rows are read one at a time
+        if curvature is not None:
+            w = w.masked_fill(curvature.dead, 0.0)
+        prepared.append(Prepared(name, bits, w, row_clips(w), floor_scales[name], curvature))
     return prepared
+
+
+def scale_floors(h: Hyperparameters, weights: dict[str, Tensor], curvatures: dict[str, Curvature]) -> dict[str, float]:
+    """Return the factor on QUANT_FLOOR of each quantized parameter: 1, or with GPTQ what makes its step proportional to
+    1 / sqrt(importance). The factors' geometric mean over all weights is 1.
+
+    To second order, an error of variance step^2 / 12 in each of n weights costs n x importance x step^2 / 24, and twice
+    the step saves n bits: the sum is least where importance x step^2 is the same everywhere. Factors are powers of
+    2^(1/8), so that rounding in the sums of the calibration does not change them.
+    """
+    quantized = {name: w.numel() for name, w in weights.items() if stored_bits(h, name) < 16}
+    if not curvatures:
+        return dict.fromkeys(quantized, 1.0)
+    largest = max(curvature.importance for curvature in curvatures.values()) or 1.0
+    logs = {}
+    for name in quantized:
+        importance = max(curvatures[name].importance / largest, 1e-6)
+        largest_code = 2 ** (stored_bits(h, name) - 1) - 1
+        logs[name] = math.log2(largest_code) - 0.5 * math.log2(importance)
+    mean = sum(logs[name] * count for name, count in quantized.items()) / sum(quantized.values())
+    return {name: 2.0 ** (round(8 * (log - mean)) / 8) for name, log in logs.items()}
 
 
 def quantize_rows(w: Tensor, clips: Tensor, bits: int, quant_floor: float) -> tuple[Tensor, Tensor]:
@@ -3796,6 +4048,8 @@ def quantize_rows(w: Tensor, clips: Tensor, bits: int, quant_floor: float) -> tu
     best_error = best_codes = best_scale = None
     for clip in clips:  # (rows, 1)
         scale = (clip.clamp_min(quant_floor) / q).half().clamp_min(SMALLEST_SCALE)
+        if best_scale is not None and torch.equal(scale, best_scale):
+            continue  # all rows are at the floor
         codes = (w / scale.float()).round_().clamp_(-q, q)
         error = (codes * scale.float() - w).square_().sum(1, keepdim=True)  # (rows, 1)
         if best_error is None:
@@ -3808,46 +4062,189 @@ def quantize_rows(w: Tensor, clips: Tensor, bits: int, quant_floor: float) -> tu
     return best_codes.to(torch.int8), best_scale
 
 
-def quantize_weights(prepared: Iterable[Prepared], quant_floor: float) -> Iterator[Stored]:
-    """Yield prepared parameters on the grid that `quant_floor` gives."""
-    for name, bits, values, clips in prepared:
-        if clips is None:
-            yield Stored(name, bits, values, None)
-        else:
-            yield Stored(name, bits, *quantize_rows(values, clips, bits, quant_floor))
+GPTQ_BLOCK = 128  # columns whose errors move on one by one; those behind them get the sum
+
+
+def gptq(w: Tensor, scales: Tensor, bits: int, order: Tensor, factor: Tensor) -> Tensor:
+    """Return int8 codes (n, rows, cols) of matrices w on the grids of `scales` (n, rows, 1), rounded column by column
+    in `order` (n, cols): each column's error is made good in the later ones (GPTQ, Frantar et al. 2022).
+
+    `factor` is U (n, cols, cols) of `factor_hessians`. Where H is diagonal, these are the nearest codes.
+    """
+    q = 2 ** (bits - 1) - 1
+    order = order.unsqueeze(2).expand(-1, -1, w.size(1))  # (n, cols, rows)
+    w = w.transpose(1, 2).gather(1, order)  # (n, cols, rows): a column is contiguous
+    scales = scales.float().transpose(1, 2)  # (n, 1, rows)
+    codes = torch.empty_like(w)
+    for begin in range(0, w.size(1), GPTQ_BLOCK):
+        end = min(begin + GPTQ_BLOCK, w.size(1))
+        block = w[:, begin:end]
+        errors = torch.empty_like(block)
+        for i in range(end - begin):
+            column = block[:, i : i + 1]  # (n, 1, rows)
+            code = (column / scales).round_().clamp_(-q, q)
+            codes[:, begin + i : begin + i + 1] = code
+            u = factor[:, begin + i, begin + i : end].unsqueeze(2)  # (n, columns from i on, 1)
+            error = (column - code * scales) / u[:, :1]
+            errors[:, i : i + 1] = error
+            block[:, i + 1 :].addcmul_(u[:, 1:], error, value=-1)
+        w[:, end:].baddbmm_(factor[:, begin:end, end:].transpose(1, 2), errors, alpha=-1)
+    restored = torch.empty_like(codes).scatter_(1, order, codes)
+    return restored.transpose(1, 2).to(torch.int8).contiguous()
+
+
+def quantize_weights(prepared: Iterable[Prepared], quant_floor: float) -> list[Stored]:
+    """Return prepared parameters on the grid that `quant_floor` gives. Matrices of one shape are rounded in one batch
+    where GPTQ does it."""
+    stored = {}
+    same_shape: dict[tuple, list[Prepared]] = {}
+    for p in prepared:
+        if p.clips is None:
+            stored[p.name] = Stored(p.name, p.bits, p.values, None)
+            continue
+        codes, scales = quantize_rows(p.values, p.clips, p.bits, quant_floor * p.floor_scale)
+        stored[p.name] = Stored(p.name, p.bits, codes, scales)
+        if p.curvature is not None:
+            same_shape.setdefault((p.bits, *p.values.shape), []).append(p)
+    for (bits, *_), batch in same_shape.items():
+        weights = torch.stack([p.values for p in batch])
+        scales = torch.stack([stored[p.name].scales for p in batch])
+        orders = torch.stack([p.curvature.order for p in batch])
+        factors = torch.stack([p.curvature.factor for p in batch])
+        for p, codes in zip(batch, gptq(weights, scales, bits, orders, factors)):
+            stored[p.name] = stored[p.name]._replace(values=codes)
+    return list(stored.values())
+
+
+# Bytes of a file for each byte of `Estimate`, before a file of the run corrects it.
+TYPICAL_RATIO = {"zstd": 1.01, "lzma": 1.02, "rans": 1.0}
+FIT_TARGET = 0.9995  # of the budget; a file over 0.999 of it is near enough: the rest is worth 0.0001 bits per byte
 
 
 def fit_artifact(run: Run, weights: dict[str, Tensor]) -> tuple[bytes, float]:
     """Return the artifact and its floor: QUANT_FLOOR, or the smallest whose code + model fit SIZE_LIMIT.
 
-    Sizes are real compressed ones, and zstd-22 is slow, so the search is Newton's: a floor twice as high saves nearly
-    one bit per code. It ends when 99.9% of the limit are used.
+    The floor is found on a sample of the rows, by the entropy of their codes. The file of all rows then shows how many
+    bytes the coder really takes for each estimated one, and the second file is within 0.1% of the limit.
     """
     h, rt = run.h, run.rt
     budget = h.size_limit - len(run.code)
     prepared = prepare_weights(run, weights, h.prune_frac)
     matrices = [p for p in prepared if p.clips is not None]
     num_codes = sum(p.values.numel() for p in matrices)
+    is_auto = h.quant_floor == "auto" and num_codes > 0
+    estimate = Estimate(prepared, h.compressor)
+    ratio = TYPICAL_RATIO[h.compressor]
     quant_floor = 0.0 if h.quant_floor == "auto" else h.quant_floor
     best = None
-    for _ in range(10):
-        blob = encode(h, quantize_weights(prepared, quant_floor), quant_floor, h.compressor)
+    too_fine = -1.0  # the largest floor that was tried and does not fit
+    for _ in range(8):
+        if is_auto:
+            quant_floor = estimate.find_floor(FIT_TARGET * budget / ratio)
+            is_known = quant_floor <= too_fine or (best is not None and quant_floor >= best[1])
+            if is_known and best is not None:
+                quant_floor = (too_fine + best[1]) / 2
+            elif is_known:
+                quant_floor = max(1.25 * too_fine, 0.01)
+        tensors = quantize_weights(prepared, quant_floor)
+        blob = encode(h, tensors, quant_floor, h.compressor)
         rt.log(f"quantized: floor {quant_floor:.5f} gives {len(blob):,} of {budget:,} bytes")
-        if len(blob) <= budget and (best is None or quant_floor < best[1]):
-            best = (blob, quant_floor)
-        if h.quant_floor != "auto" or not matrices:
+        if len(blob) <= budget:
+            best = (blob, quant_floor, tensors)
+        else:
+            too_fine = quant_floor
+        if not is_auto or (best is not None and (best[1] == 0 or len(best[0]) > 0.999 * budget)):
             break
-        if best and (quant_floor == 0 or len(best[0]) > 0.999 * budget):
-            break
-        bits_over = (len(blob) - 0.9995 * budget) * 8 / num_codes
-        if quant_floor == 0:  # start where half of the rows are at the floor
-            quant_floor = torch.cat([p.clips[-1] for p in matrices]).median().item()
-        quant_floor *= 2 ** min(3.0, bits_over)
-    blob, quant_floor = best or (blob, quant_floor)
+        ratio = len(blob) / estimate.bytes_at(quant_floor)
+    blob, quant_floor, tensors = best or (blob, quant_floor, tensors)
+    log_stored(run, prepared, tensors, blob)
     if h.prune_frac:
         num_changed = count_pruned(run, weights, prepared, quant_floor)
         rt.log(f"pruned: changed {num_changed:,} of {num_codes:,} codes")
     return blob, quant_floor
+
+
+class Estimate:
+    """The bytes of a file at any floor, from the entropy of a sample of its codes: about a million, in whole rows."""
+
+    SAMPLE = 2**20
+
+    def __init__(self, prepared: list[Prepared], codec: str):
+        matrices = [p for p in prepared if p.clips is not None]
+        self.plain_bytes = sum(2 * p.values.numel() for p in prepared if p.clips is None)
+        num_codes = sum(p.values.numel() for p in matrices)
+        step = max(1, num_codes // self.SAMPLE)  # of rows
+        # Nearest codes: those of GPTQ have the same entropy to 0.5%, and the first file corrects that.
+        self.sample = [p._replace(values=p.values[::step], clips=p.clips[:, ::step], curvature=None) for p in matrices]
+        self.scale = num_codes / max(1, sum(p.values.numel() for p in self.sample))
+        self.codec = codec
+        self.known: dict[float, float] = {}
+
+    def bytes_at(self, quant_floor: float) -> float:
+        """Return the estimated bytes at a floor."""
+        if quant_floor not in self.known:
+            model = model_rows(quantize_weights(self.sample, quant_floor), self.codec)
+            self.known[quant_floor] = self.plain_bytes + self.scale * sum(model.bits_by_family().values()) / 8
+        return self.known[quant_floor]
+
+    def find_floor(self, wanted: float) -> float:
+        """Return the least floor whose estimate is at most `wanted` bytes, to 0.01% of it; 0 where that is enough."""
+        if self.bytes_at(0.0) <= wanted:
+            return 0.0
+        low, high = -20.0, 10.0  # powers of 2: QUANT_FLOOR is at most 1000
+        while high - low > 1e-4:
+            middle = (low + high) / 2
+            if self.bytes_at(2.0**middle) <= wanted:
+                high = middle
+            else:
+                low = middle
+        return 2.0**high
+
+
+def log_stored(run: Run, prepared: list[Prepared], tensors: list[Stored], blob: bytes) -> None:
+    """Log where the bytes go: by family, weights, bits, clip, error, and bytes of the file in proportion to the entropy
+    of codes. And the bytes that another coder would take for the same codes."""
+    h, rt = run.h, run.rt
+    is_rans = h.compressor == "rans"
+    bits = model_rows(tensors, h.compressor).bits_by_family()
+    families: dict[str, list[tuple[Prepared, Stored]]] = {}
+    for p, stored in zip(prepared, tensors):
+        families.setdefault(family_of(p.name), []).append((p, stored))
+        if stored.scales is None:
+            bits[family_of(p.name)] = bits.get(family_of(p.name), 0.0) + 16 * p.values.numel()
+    for family, members in families.items():
+        size = len(blob) * bits[family] / sum(bits.values())
+        count = sum(p.values.numel() for p, _ in members)
+        fields = {"weights": count, "bits": 8 * size / count, "bytes": round(size), **grid_and_error(members)}
+        rt.record("stored", family=family, **fields)
+        line = f"{count:>12,} weights, {fields['bits']:5.2f} bits each, {round(size):>11,} bytes"
+        if "error" in fields:
+            line += f", clip {fields['clip']:.4f}, error {fields['error']:.2%} of the weights"
+        rt.log(f"stored: {family:<10} {line}")
+    if not bits:
+        return
+    other = "rans"
+    if is_rans:
+        other = "zstd" if importlib.util.find_spec("zstandard") else "lzma"
+    others_size = sum(map(len, frame(h, tensors, 0.0, other)))
+    ratio = len(blob) / others_size - 1
+    rt.log(f"stored: {h.compressor} takes {len(blob):,} bytes, {ratio:+.2%} against the {others_size:,} of {other}")
+    rt.record("coders", **{h.compressor: len(blob), other: others_size})
+
+
+def grid_and_error(members: list[tuple[Prepared, Stored]]) -> dict[str, float]:
+    """Return the mean clip of the rows, and the root mean square of the errors over that of the weights. Both are empty
+    where nothing is quantized."""
+    clips, errors, squares = [], 0.0, 0.0
+    for p, stored in members:
+        if stored.scales is not None:
+            scales = stored.scales.float()
+            clips.append(scales.flatten() * (2 ** (p.bits - 1) - 1))
+            errors += (stored.values.float() * scales - p.values).square().sum().item()
+            squares += p.values.square().sum().item()
+    if not clips:
+        return {}
+    return {"clip": torch.cat(clips).mean().item(), "error": math.sqrt(errors / max(squares, 1e-30))}
 
 
 def count_pruned(run: Run, weights: dict[str, Tensor], pruned: list[Prepared], quant_floor: float) -> int:
@@ -3855,6 +4252,157 @@ def count_pruned(run: Run, weights: dict[str, Tensor], pruned: list[Prepared], q
     unpruned = prepare_weights(run, weights, prune_frac=0.0)
     pairs = zip(quantize_weights(unpruned, quant_floor), quantize_weights(pruned, quant_floor))
     return sum(int((a.values != b.values).sum()) for a, b in pairs)
+
+
+# rANS (Duda 2013): a coder that comes as near to the entropy of its tables as they are precise. Many lanes, each a
+# coder of its own, work at once. A row's codes are nearly Gaussian and rows differ in width, which zstd and LZMA do
+# not know: one table for rows of about the same width takes 2 to 5% less.
+CLASSES = 8  # tables of a family
+TABLE_CODES = 4096  # that a table needs at least: one takes about 80 bytes
+RANS_BITS = 14  # a table's frequencies sum to 2^14
+RANS_LOW = 2**16  # a lane's state is in [2^16, 2^32), and grows or shrinks by words of 16 bits
+NUM_SYMBOLS = 256  # code + 128
+
+
+class RowModel(NamedTuple):
+    """Tables for the codes of tensors: rows of a family are sorted by their mean |code| and cut into equal classes."""
+
+    classes: np.ndarray  # of each row, tensor after tensor: int64 (rows,)
+    frequencies: np.ndarray  # of each symbol in a class, of 2^14: int64 (classes, 256)
+    counts: np.ndarray  # of each symbol in a class: int64 (classes, 256)
+    families: list[str]  # of each class
+
+    def bits_by_family(self) -> dict[str, float]:
+        """Return the bits that a coder with these tables takes for the codes of each family."""
+        costs = RANS_BITS - np.log2(np.maximum(self.frequencies, 1))
+        bits: dict[str, float] = {}
+        for family, cost in zip(self.families, (self.counts * costs).sum(1)):
+            bits[family] = bits.get(family, 0.0) + float(cost)
+        return bits
+
+
+def model_rows(tensors: Iterable[Stored], codec: str) -> RowModel:
+    """Return tables for all codes of tensors: for rans up to CLASSES a family, or fewer if it is small. For zstd and
+    LZMA, one a tensor: they do not know that rows differ, but adapt to what they have seen last."""
+    groups: dict[str, list[tuple[int, np.ndarray]]] = {}
+    family_of_group = {}
+    num_rows = 0
+    for name, bits, values, _ in tensors:
+        if bits < 16 and values.numel():
+            group = family_of(name) if codec == "rans" else name
+            family_of_group[group] = family_of(name)
+            groups.setdefault(group, []).append((num_rows, values.cpu().numpy()))
+        if bits < 16:
+            num_rows += len(values)
+    classes = np.zeros(num_rows, np.int64)
+    counts, families = [], []
+    max_classes = CLASSES if codec == "rans" else 1
+    for group, members in groups.items():
+        own_rows = np.concatenate([np.arange(first, first + len(codes)) for first, codes in members])
+        widths = np.concatenate([np.abs(codes.astype(np.float32)).mean(1) for _, codes in members])
+        num_codes = sum(codes.size for _, codes in members)
+        num_classes = max(1, min(max_classes, len(own_rows), num_codes // TABLE_CODES))
+        ranked = own_rows[np.argsort(widths, kind="stable")]
+        classes[ranked] = np.arange(len(ranked)) * num_classes // len(ranked)
+        own_counts = np.zeros(num_classes * NUM_SYMBOLS, np.int64)
+        for first, codes in members:
+            keys = classes[first : first + len(codes), None] * NUM_SYMBOLS + (codes.astype(np.int64) + 128)
+            own_counts += np.bincount(keys.ravel(), minlength=len(own_counts))
+        classes[own_rows] += len(families)
+        counts.append(own_counts.reshape(num_classes, NUM_SYMBOLS))
+        families += [family_of_group[group]] * num_classes
+    counts = np.concatenate(counts) if counts else np.zeros((0, NUM_SYMBOLS), np.int64)
+    frequencies = np.array([normalize_counts(row) for row in counts]).reshape(counts.shape)
+    return RowModel(classes, frequencies, counts, families)
+
+
+def normalize_counts(counts: np.ndarray) -> np.ndarray:
+    """Return int64 frequencies that sum to 2^14, in proportion to `counts`, at least 1 for what occurs."""
+    exact = counts * (2**RANS_BITS / counts.sum())
+    frequencies = np.where(counts > 0, np.maximum(np.floor(exact), 1), 0).astype(np.int64)
+    missing = 2**RANS_BITS - int(frequencies.sum())
+    for _ in range(missing):
+        frequencies[np.where(counts > 0, exact - frequencies, -np.inf).argmax()] += 1
+    for _ in range(-missing):
+        frequencies[frequencies.argmax()] -= 1
+    return frequencies
+
+
+def count_lanes(num_codes: int) -> int:
+    """Return the lanes for so many codes. A lane's last state takes 4 bytes, 0.05% of 16,384 codes of 4 bits. No file
+    has more than 32,768 steps."""
+    return max(1, min(num_codes >> 14, max(1024, num_codes >> 15)))
+
+
+def rans_encode(keys: np.ndarray, frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lanes' final states, uint32, and the words, uint16, of symbols `keys`, each class x 256 + symbol.
+
+    Symbol i goes to lane i mod lanes. The last symbol is coded first, because decoding runs the other way.
+    """
+    starts = (np.cumsum(frequencies, axis=1) - frequencies).ravel().astype(np.uint64)
+    frequencies = frequencies.ravel().astype(np.uint64)
+    lanes = count_lanes(len(keys))
+    states = np.full(lanes, RANS_LOW, np.uint64)
+    words = [np.zeros(0, np.uint16)]
+    for begin in range((len(keys) - 1) // lanes * lanes, -1, -lanes):
+        step = keys[begin : begin + lanes]
+        frequency = frequencies[step]
+        x = states[: len(step)]
+        is_full = x >= frequency << np.uint64(32 - RANS_BITS)
+        words.append(x[is_full].astype(np.uint16)[::-1])  # the low 16 bits
+        x = np.where(is_full, x >> np.uint64(16), x)
+        quotient, remainder = np.divmod(x, frequency)
+        states[: len(step)] = (quotient << np.uint64(RANS_BITS)) + remainder + starts[step]
+    return states.astype(np.uint32), np.concatenate(words)[::-1]
+
+
+def rans_decode(classes: np.ndarray, frequencies: np.ndarray, states: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Return int8 codes, one for each of `classes` (uint8), from what `rans_encode` returned.
+
+    Raise ValueError for tables that do not sum to 2^14, and unless all words are used and all states end where the
+    encoder began: that also finds damage.
+    """
+    if not (frequencies.sum(1) == 2**RANS_BITS).all():
+        raise ValueError("a table of frequencies does not sum to 2^14")
+    if classes.size and classes.max() >= len(frequencies):
+        raise ValueError("a row is of a class without a table")
+    symbols = np.tile(np.arange(NUM_SYMBOLS, dtype=np.uint8), len(frequencies))
+    symbol_at = np.repeat(symbols, frequencies.ravel())  # (classes x 2^14,)
+    starts = (np.cumsum(frequencies, axis=1) - frequencies).ravel().astype(np.uint64)
+    frequencies = frequencies.ravel().astype(np.uint64)
+    decoded = np.empty(len(classes), np.uint8)
+    states = states.astype(np.uint64)
+    used = 0
+    for begin in range(0, len(classes), len(states)):
+        own_classes = classes[begin : begin + len(states)].astype(np.int64)
+        x = states[: len(own_classes)]
+        places = x & np.uint64(2**RANS_BITS - 1)
+        symbol = symbol_at[own_classes << RANS_BITS | places.astype(np.int64)]
+        decoded[begin : begin + len(states)] = symbol
+        key = own_classes * NUM_SYMBOLS + symbol
+        x = frequencies[key] * (x >> np.uint64(RANS_BITS)) + places - starts[key]
+        is_low = np.flatnonzero(x < RANS_LOW)
+        if used + len(is_low) > len(words):
+            raise ValueError("its stream of codes is cut off")
+        x[is_low] = x[is_low] << np.uint64(16) | words[used : used + len(is_low)]
+        used += len(is_low)
+        states[: len(own_classes)] = x
+    if used < len(words) or (states != RANS_LOW).any():
+        raise ValueError("its stream of codes is damaged")
+    return (decoded.astype(np.int16) - 128).astype(np.int8)
+
+
+def rans_body(packed_payload: bytes, rows: RowModel, tensors: list[Stored]) -> list[Any]:
+    """Return the pieces of a file of the codec rans behind its prefix: the length of the payload, compressed by LZMA,
+    and that; the lanes' states; the words. In the payload, the rows' classes and the tables stand for the codes."""
+    codes = [values.cpu().numpy() for _, bits, values, _ in tensors if bits < 16]
+    lengths = np.repeat([c.shape[1] for c in codes], [len(c) for c in codes]).astype(np.int64)
+    symbols = [(c.astype(np.int16) + 128).astype(np.uint16).ravel() for c in codes]
+    keys = np.concatenate([*symbols, np.zeros(0, np.uint16)])
+    keys += np.repeat(rows.classes.astype(np.uint16) * NUM_SYMBOLS, lengths)
+    states, words = rans_encode(keys, rows.frequencies)
+    streams = [array.astype(kind).view(np.uint8) for array, kind in ((states, "<u4"), (words, "<u2"))]
+    return [struct.pack("<I", len(packed_payload)), packed_payload, *streams]
 
 
 # What ships beside the artifact: this script, which unpacks itself. Decorators such as triton.jit ask `inspect` for the
@@ -3920,21 +4468,30 @@ def write_code(run: Run) -> None:
 
 # A file is a prefix and the payload, compressed. Prefix: magic; half the SHA-256 of everything after it; format
 # version; codec; bytes of the payload. Payload: length of a JSON header, that header, all int8 codes, and then, tensor
-# by tensor, scales or other values.
+# by tensor, scales or other values. With the codec rans, the codes are beside the payload: see `rans_body`.
 PREFIX = struct.Struct("<4s16sHHQ")
 MAGIC = b"PGLF"
-VERSION = 2
-CODECS = {"none": 0, "zstd": 1, "lzma": 2}
+VERSION = 3
+READABLE_VERSIONS = (2, 3)  # 2 has no rans
+CODECS = {"none": 0, "zstd": 1, "lzma": 2, "rans": 3}
 # What a file may unpack to: an artifact of 16 MB is not larger unless its weights have less than half a bit.
 LARGEST_PAYLOAD = 2**28
 LARGEST_HEADER = 2**20
 LARGEST_FILE = 2**33
+# Codes repeat nothing from far away, and far matches that save nothing cost time and bits. On 27 MB of int6 codes,
+# zstd's level 22 for sources of 256 kB took 4 s and 15,060,356 bytes, the one for 27 MB 44 s and 15,062,863. LZMA with
+# a dictionary of 64 kB and without contexts took 4 s and 15,202,597 bytes, by default 41 s and 15,582,392. Matches of 3
+# bytes help fp16 values and hurt codes, where they took up to 8% more and varied with the floor: the smaller file wins.
+ZSTD_SOURCE_BYTES = 2**18
+ZSTD_MIN_MATCHES = (3, 6)
 LZMA = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]}
+LZMA_FOR_CODES = {"dict_size": 2**16, "lc": 0, "lp": 0, "pb": 0}  # what the above reads as well
 DIGEST_END = 20  # magic and digest; the digest is of all bytes from here on
 
 
 def frame(h: Hyperparameters, tensors: Iterable[Stored], quant_floor: float, codec: str, **extra: Any) -> list[Any]:
     """Return a whole file of the tensors in pieces, compressed with `codec`. Its header has the fields `extra`, too."""
+    tensors = list(tensors)
     entries, codes, rest = [], [], []
     for name, bits, values, scales in tensors:
         entries.append((name, bits, list(values.shape)))
@@ -3944,19 +4501,39 @@ def frame(h: Hyperparameters, tensors: Iterable[Stored], quant_floor: float, cod
         else:
             rest.append(raw_bytes(values))
     fields = {"model": h.values(ModelKnob), "floor": quant_floor, **extra, "tensors": entries}
+    rows = None
+    if codec == "rans":
+        rows = model_rows(tensors, codec)
+        fields["classes"] = len(rows.frequencies)
+        codes = [rows.classes.astype(np.uint8), rows.frequencies.astype("<u2").reshape(-1).view(np.uint8)]
     header = json.dumps(fields).encode()
     body = [struct.pack("<I", len(header)), header, *codes, *rest]
     length = sum(map(len, body))
-    if codec == "zstd":
-        compressor = require("zstandard", "or set COMPRESSOR=lzma").ZstdCompressor(level=22)
-        body = [compressor.compress(b"".join(body))]
+    if rows is not None:
+        body = rans_body(compress_lzma(b"".join(body)), rows, tensors)
+    elif codec == "zstd":
+        body = [compress_zstd(b"".join(body))]
     elif codec == "lzma":
-        body = [lzma.compress(b"".join(body), **LZMA)]
+        body = [compress_lzma(b"".join(body))]
     covered = [PREFIX.pack(MAGIC, b"", VERSION, CODECS[codec], length)[DIGEST_END:], *body]
     digest = hashlib.sha256()
     for piece in covered:
         digest.update(piece)
     return [MAGIC, digest.digest()[:16], *covered]
+
+
+def compress_zstd(data: bytes) -> bytes:
+    """Return `data` compressed by Zstandard at level 22, with short matches or without, whichever is smaller."""
+    zstandard = require("zstandard", "or set COMPRESSOR=lzma")
+    at_level_22 = functools.partial(zstandard.ZstdCompressionParameters.from_level, 22, source_size=ZSTD_SOURCE_BYTES)
+    parameters = [at_level_22(min_match=min_match) for min_match in ZSTD_MIN_MATCHES]
+    files = [zstandard.ZstdCompressor(compression_params=each).compress(data) for each in parameters]
+    return min(files, key=len)
+
+
+def compress_lzma(data: bytes) -> bytes:
+    """Return `data` compressed by LZMA2 at its strongest preset, raw."""
+    return lzma.compress(data, LZMA["format"], filters=[LZMA["filters"][0] | LZMA_FOR_CODES])
 
 
 def raw_bytes(tensor: Tensor) -> np.ndarray:
@@ -3976,21 +4553,37 @@ def decode(blob: bytes, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def parse(blob: bytes, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the header of a file, and its tensors in fp32 by name. The bytes are only parsed, never executed.
+    """Return the header of a file, and its tensors in fp32 by name. See `read_stored`."""
+    header, tensors = read_stored(blob, source)
+    weights = {}
+    for name, _, values, scales in tensors:
+        weights[name] = values.float()
+        if scales is not None:
+            rows = weights[name].view(len(scales), -1)
+            weights[name] = (rows * scales.float()).view_as(values)
+    return header, weights
+
+
+def read_stored(blob: bytes, source: str) -> tuple[dict[str, Any], list[Stored]]:
+    """Return the header of a file and its tensors as they are stored. The bytes are only parsed, never executed.
 
     Raise UserError that names `source` if they are not a complete, undamaged file of this format.
     """
     _, digest, version, codec, length = PREFIX.unpack(blob[: PREFIX.size].ljust(PREFIX.size))
-    if len(blob) < PREFIX.size or blob[:4] != MAGIC or version != VERSION:
-        found = f"{len(blob)} bytes, {blob[:4]!r}, format version {version}, this script reads {VERSION}"
+    if len(blob) < PREFIX.size or blob[:4] != MAGIC or version not in READABLE_VERSIONS:
+        found = f"{len(blob)} bytes, {blob[:4]!r}, format version {version}, this script reads {' and '.join(map(str, READABLE_VERSIONS))}"
         raise UserError(f"{source} is not an artifact of this script ({found}): use the script beside it")
     if hashlib.sha256(memoryview(blob)[DIGEST_END:]).digest()[:16] != digest:
         raise UserError(f"{source} is truncated or damaged ({len(blob)} bytes, wrong checksum): copy it again")
     if codec == CODECS["zstd"]:
         require("zstandard", f"to read {source}")
     try:
-        payload = _decompress(blob[PREFIX.size :], codec, length)
-        return _parse_payload(payload, length)
+        body, streams = blob[PREFIX.size :], None
+        if codec == CODECS["rans"]:
+            end = 4 + struct.unpack_from("<I", body)[0]
+            body, streams = body[4:end], body[end:]
+        payload = _decompress(body, codec, length)
+        return _parse_payload(payload, length, streams)
     except Exception as error:  # whatever a hostile file provokes is the file's fault
         raise UserError(f"{source} is malformed: {type(error).__name__}: {error}") from None
 
@@ -4003,48 +4596,79 @@ def _decompress(body: bytes, codec: int, length: int) -> bytes:
         raise ValueError(f"it unpacks to {length:,} bytes, more than {LARGEST_PAYLOAD:,}")
     if codec == CODECS["zstd"]:
         return importlib.import_module("zstandard").ZstdDecompressor().stream_reader(body).read(length + 1)
-    if codec == CODECS["lzma"]:
+    if codec in (CODECS["lzma"], CODECS["rans"]):
         return lzma.LZMADecompressor(**LZMA).decompress(body, length + 1)
     raise ValueError(f"its codec is {codec}")
 
 
-def _parse_payload(payload: bytes, length: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+class Reader:
+    """Takes arrays from the bytes of a payload, one after the other, without copying them."""
+
+    def __init__(self, payload: bytes, offset: int):
+        self.payload = payload
+        self.offset = offset
+
+    def take(self, kind: str, count: int) -> np.ndarray:
+        """Return the next `count` values of a NumPy type. Raise ValueError if they are not there."""
+        values = np.frombuffer(self.payload, kind, count, self.offset)
+        self.offset += values.nbytes
+        return values
+
+
+def _parse_payload(payload: bytes, length: int, streams: bytes | None) -> tuple[dict[str, Any], list[Stored]]:
     """Return header and tensors. Raise whatever the parsers raise, and ValueError if bytes are missing or left over."""
     header_bytes = struct.unpack_from("<I", payload)[0]
     if header_bytes > LARGEST_HEADER:
         raise ValueError(f"its header has {header_bytes:,} bytes, more than {LARGEST_HEADER:,}")
-    offset = 4 + header_bytes
-    header = json.loads(payload[4:offset])
-
-    def take(kind: str, count: int) -> np.ndarray:
-        """Return the next `count` values of a NumPy type, without a copy."""
-        nonlocal offset
-        values = np.frombuffer(payload, kind, count, offset)
-        offset += values.nbytes
-        return values
-
+    reader = Reader(payload, 4 + header_bytes)
+    header = json.loads(payload[4 : reader.offset])
     entries = [(str(name), int(bits), [int(n) for n in shape]) for name, bits, shape in header["tensors"]]
     if len({name for name, _, _ in entries}) < len(entries):
         raise ValueError("a tensor is there twice")
     if any(n < 0 for _, _, shape in entries for n in shape):
         raise ValueError("a tensor has a negative size")
-    codes = {}
+    coded_shapes = [shape for _, bits, shape in entries if bits < 16]
+    num_codes = sum(map(math.prod, coded_shapes))
+    if streams is None:
+        codes = reader.take("i1", num_codes)
+    else:
+        codes = _read_rans(reader, int(header["classes"]), coded_shapes, num_codes, streams)
+    tensors = []
     for name, bits, shape in entries:
+        scales = None
         if bits < 16:
-            codes[name] = take("i1", math.prod(shape)).reshape(shape[0], -1)
-    weights = {}
-    for name, bits, shape in entries:
-        if bits < 16:
-            scales = take("<f2", shape[0]).astype(np.float32)[:, None]
-            values = codes[name].astype(np.float32) * scales
+            values, codes = np.split(codes, [math.prod(shape)])
+            values = values.reshape(shape[0], -1)
+            scales = to_tensor(reader.take("<f2", shape[0]))[:, None]
         else:
-            kind = "<f4" if bits == 32 else "<f2"
-            values = take(kind, math.prod(shape)).astype(np.float32)
-        weights[name] = torch.from_numpy(values.reshape(shape))
-    if not offset == len(payload) == length:
-        raise ValueError(f"{len(payload)} bytes, of which {offset} are described and {length} declared")
+            values = reader.take("<f4" if bits == 32 else "<f2", math.prod(shape))
+        tensors.append(Stored(name, bits, to_tensor(values).reshape(shape), scales))
+    if not reader.offset == len(payload) == length:
+        raise ValueError(f"{len(payload)} bytes, of which {reader.offset} are described and {length} declared")
     header["model"] = dict(header["model"])
-    return header, weights
+    return header, tensors
+
+
+def to_tensor(values: np.ndarray) -> Tensor:
+    """Return a tensor of its own with the values, in this machine's byte order."""
+    return torch.from_numpy(values.astype(values.dtype.newbyteorder("=")))
+
+
+def _read_rans(reader: Reader, num_classes: int, shapes: list[list[int]], num_codes: int, streams: bytes) -> np.ndarray:
+    """Return the codes, int8, of tensors of these shapes: classes and tables come from the payload."""
+    if num_codes > LARGEST_PAYLOAD:
+        raise ValueError(f"it unpacks to {num_codes:,} codes, more than {LARGEST_PAYLOAD:,}")
+    num_rows = sum(shape[0] for shape in shapes)
+    classes = reader.take("u1", num_rows)
+    frequencies = reader.take("<u2", num_classes * NUM_SYMBOLS).reshape(num_classes, NUM_SYMBOLS).astype(np.int64)
+    lengths = [math.prod(shape[1:]) for shape in shapes]
+    lengths = np.repeat(np.array(lengths, np.int64), [shape[0] for shape in shapes])
+    state_bytes = 4 * count_lanes(num_codes)
+    states = np.frombuffer(streams[:state_bytes], "<u4")
+    if 4 * len(states) != state_bytes:
+        raise ValueError("its stream of codes is cut off")
+    words = np.frombuffer(streams[state_bytes:], "<u2")
+    return rans_decode(np.repeat(classes, lengths), frequencies, states, words)
 
 
 def load_artifact(path: str | Path, blob: bytes | None = None) -> tuple[Hyperparameters, GPT]:
@@ -4127,8 +4751,9 @@ def write_checkpoint(run: Run) -> str:
 def export(run: Run) -> dict[str, Any]:
     """Write final_model.bin and return the export's stats. Raise UserError over the limit."""
     h, rt = run.h, run.rt
-    if CALIBRATIONS and not run.calibrated:
-        rt.log("WARNING: EXPORT_ONLY has no training shards, so no calibration was run")
+    for calibration in calibrations(h):
+        if calibration.name not in run.calibrated:
+            rt.log(f"WARNING: no calibration was run: {calibration.name}; EXPORT_ONLY needs training shards for it")
     start = time.perf_counter()
     weights = dict(run.model.named_parameters())
     if not all(w.half().isfinite().all() for w in weights.values()):  # some are stored in fp16
@@ -5081,6 +5706,7 @@ def main() -> None:
         write_code(run)
         banner(run)
         stats = journal.stats() | {"preflight_seconds": preflight(run)}
+        plan_calibration(run)
         plan_evaluation(run)
         journal.keep_plan()
         learned = {}

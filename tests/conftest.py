@@ -63,7 +63,6 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in list(os.environ):
         if name.lower() in t.Hyperparameters.knobs():
             monkeypatch.delenv(name)
-    monkeypatch.setattr(t, "CALIBRATIONS", ())  # of a run, not of a test
     torch.set_num_threads(1)
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -228,7 +228,7 @@ def test_a_variable_without_effect_is_an_error_that_names_it(
 def test_a_variable_that_is_retired_or_was_never_read_is_refused_by_name(environment: Callable) -> None:
     """Of those that published scripts set: some they did not read themselves, some have no effect in this one."""
     retired = """
-        LAWA_ENABLED LAWA_K MTP_NUM_HEADS GPTQ_ENABLED DTG_ENABLED GRAD_QUANT QAT_ENABLED QAT_THRESHOLD WEIGHT_DECAY
+        LAWA_ENABLED LAWA_K MTP_NUM_HEADS GPTQ_SAMPLES DTG_ENABLED GRAD_QUANT QAT_ENABLED QAT_THRESHOLD WEIGHT_DECAY
         LATE_QAT LATE_QAT_THRESHOLD TRIGRAM_DIM EMBED_LR HEAD_LR KEEP_FLOAT_MAX_NUMEL
     """
     refusals = dict.fromkeys(retired.split(), "no effect")

@@ -156,8 +156,8 @@ def test_pruning_zeroes_exactly_the_smallest_part_of_each_quantized_matrix(
     h = tiny(prune_frac=prune_frac)
     torch.manual_seed(3)
     weights = {n: torch.randn(p.shape) for n, p in t.GPT(h).named_parameters()}
-    seen = []
-    monkeypatch.setattr(t, "quantize_rows", lambda w, clips, bits, floor: (seen.append(w), (w, w))[1])
+    num_quantized = 0
+    monkeypatch.setattr(t, "quantize_rows", lambda w, clips, bits, floor: (w, w))
     for name, bits, values, _ in t.quantize_weights(prepare(h, weights, h.prune_frac), 0.0):
         w = weights[name]
         if bits == 16:
@@ -167,8 +167,9 @@ def test_pruning_zeroes_exactly_the_smallest_part_of_each_quantized_matrix(
         zeros = order[: int(prune_frac * w.numel())]  # random normals: no two have one magnitude among these few
         expected = w.flatten().clone()
         expected[zeros] = 0
-        assert torch.equal(seen[-1], expected.view_as(w)), name
-    assert len(seen) > 10
+        assert torch.equal(values, expected.view_as(w)), name
+        num_quantized += 1
+    assert num_quantized > 10
 
 
 @pytest.mark.parametrize("prune_frac", [0.03, 0.6])
@@ -191,21 +192,32 @@ def test_pruning_says_how_many_codes_it_changed(
 
 
 @pytest.mark.parametrize("codec", ["zstd", "lzma"])
-def test_the_compressors_work_at_their_strongest_levels(tiny: Callable, codec: str) -> None:
+@pytest.mark.parametrize("kind", ["phrases", "rows"])
+def test_the_compressors_are_as_strong_as_their_published_levels(tiny: Callable, codec: str, kind: str) -> None:
+    """zstd-22 and LZMA preset 9, extreme, which published scripts used as they are; on rows of codes, stronger."""
     h, rng = tiny(), np.random.default_rng(0)
-    phrases = [rng.integers(-3, 4, rng.integers(20, 400)) for _ in range(40)]  # with long repetitions levels differ
-    codes = np.concatenate([phrases[i] for i in rng.integers(0, 40, 300)])[:30_000].astype(np.int8)
-    tensors = [("x", 6, torch.from_numpy(codes).view(30, 1000), torch.ones(30, 1).half())]
+    if kind == "phrases":
+        phrases = [rng.integers(-3, 4, rng.integers(20, 400)) for _ in range(40)]  # with long repetitions levels differ
+        codes = np.concatenate([phrases[i] for i in rng.integers(0, 40, 300)])[:30_000].reshape(30, 1000)
+    else:
+        widths = np.exp(rng.normal(size=(2000, 1))) * 4
+        codes = np.clip(np.rint(rng.normal(size=(2000, 512)) * widths), -31, 31)
+    tensors = [t.Stored("x", 6, torch.from_numpy(codes.astype(np.int8)), torch.ones(len(codes), 1).half())]
     payload = t.encode(h, tensors, 0.1, "none")[t.PREFIX.size :]
     if codec == "zstd":
-        expected = zstandard.ZstdCompressor(level=22).compress(payload)
+        published = zstandard.ZstdCompressor(level=22).compress(payload)
+        weaker = zstandard.ZstdCompressor(level=12).compress(payload)
     else:
-        filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
-        expected = lzma.compress(payload, format=lzma.FORMAT_RAW, filters=filters)
-    assert t.encode(h, tensors, 0.1, codec)[t.PREFIX.size :] == expected
-    raw6 = lzma.compress(payload, format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 6}])
-    weaker = (zstandard.ZstdCompressor(level=12).compress(payload), raw6)
-    assert len(expected) < len(payload) and expected not in weaker
+        published, weaker = (
+            lzma.compress(payload, format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": preset}])
+            for preset in (9 | lzma.PRESET_EXTREME, 0)
+        )
+    size = len(t.encode(h, tensors, 0.1, codec)) - t.PREFIX.size
+    assert size <= 1.002 * len(published)
+    if kind == "phrases":
+        assert len(published) < len(weaker)
+    else:
+        assert size < 0.995 * len(published)
 
 
 def test_only_rank_0_quantizes_and_compresses(
@@ -247,7 +259,7 @@ def assert_equal_weights(got: dict[str, torch.Tensor], expected: dict[str, torch
         assert torch.equal(got[name], w), name
 
 
-@pytest.mark.parametrize("codec", ["none", "zstd", "lzma"])
+@pytest.mark.parametrize("codec", list(t.CODECS))
 def test_decoding_returns_codes_times_scales_and_the_model_knobs_bit_by_bit(tiny: Callable, codec: str) -> None:
     h, model = make_model(
         tiny, **RICH, mlp_bits=5, attn_bits=2, bigram_bits=3, proj_bits=7, fp16_keep_name_patterns="c_k"
@@ -314,7 +326,7 @@ def test_a_file_is_written_and_read_without_pickle(
             monkeypatch.setattr(module, name, refuse)
     for name in ("save", "savez", "savez_compressed", "load"):
         monkeypatch.setattr(np, name, refuse)
-    for codec in ("none", "zstd", "lzma"):
+    for codec in t.CODECS:
         write_artifact(tmp_path / "m.bin", h, model, codec=codec)
         _, loaded = t.load_artifact(tmp_path / "m.bin")
         assert loaded.skip_weights.equal(model.skip_weights.half().float())
@@ -384,7 +396,7 @@ def small(tiny: Callable, tmp_path: Path) -> tuple[bytes, dict, bytes]:
     return blob, header, data
 
 
-@pytest.mark.parametrize("codec", ["none", "zstd", "lzma"])
+@pytest.mark.parametrize("codec", list(t.CODECS))
 def test_a_file_cut_off_anywhere_is_refused(tiny: Callable, tmp_path: Path, codec: str) -> None:
     blob = write_artifact(tmp_path / "m.bin", *make_model(tiny, **SMALL), codec=codec)
     for length in range(len(blob)):
@@ -394,7 +406,7 @@ def test_a_file_cut_off_anywhere_is_refused(tiny: Callable, tmp_path: Path, code
         t.decode(blob + b"\0", "x")
 
 
-@pytest.mark.parametrize("codec", ["none", "zstd", "lzma"])
+@pytest.mark.parametrize("codec", list(t.CODECS))
 def test_a_flipped_bit_anywhere_is_refused(tiny: Callable, tmp_path: Path, codec: str) -> None:
     blob = bytearray(write_artifact(tmp_path / "m.bin", *make_model(tiny, **SMALL), codec=codec))
     for position in range(len(blob)):
@@ -413,7 +425,7 @@ def test_a_flipped_bit_anywhere_is_refused(tiny: Callable, tmp_path: Path, codec
         (b"PGLF", "not an artifact.*4 bytes"),
         (b"PK\x03\x04" + bytes(100), "not an artifact"),  # what torch.save writes
         (b"\x28\xb5\x2f\xfd" + bytes(100), "not an artifact"),  # a bare zstd stream
-        (seal(b"", version=1), "format version 1, this script reads 2"),
+        (seal(b"", version=1), "format version 1, this script reads 2 and 3"),
         (seal(b""), "malformed"),
         (seal(b"\0\0"), "malformed"),
         (seal(b"\xff\xff\xff\xff{}"), "malformed"),

@@ -386,6 +386,7 @@ def stage_export(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, A
         return blob
 
     patch.setattr(t, "encode", count_bytes)
+    patch.setattr(t, "log_stored", lambda *args: None)
     run = make_run(h)
     figures = t.export(run)
     del figures["export_seconds"]
