@@ -104,7 +104,7 @@ faults: .venv/test ## kill runs at random, cut off hosts, and compare what comes
 	$(BIN)/python -m pytest -rP $(FAULTS) tests/test_faults.py
 
 fuzz: .venv/test ## attack every reader with 100,000 hostile files: make fuzz, or make fuzz INPUTS=20000 SEED=5
-	FUZZ_INPUTS=$(INPUTS) FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -m fuzz tests/test_hostile_files.py
+	FUZZ_INPUTS=$(INPUTS) FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -m fuzz tests/test_hostile_files.py tests/test_8_rans.py
 
 test-fast: .venv/test ## run the tests of train_gpt.py's sections, without the slow ones: under a minute on two quiet cores
 	$(PYTEST) -m "not slow and not faults and not fuzz" tests/test_[0-9]*.py

@@ -3917,7 +3917,7 @@ def plan_calibration(run: Run) -> None:
     h.predicted_seconds["gptq"] = 1.2 * predicted + 0.5
     reserved = h.predicted_seconds["gptq"] if h.gptq_reserve_seconds == "auto" else h.gptq_reserve_seconds
     line = f"calibration of GPTQ on {h.gptq_calibration_batches} batches will take about {predicted:.1f}s"
-    rt.log(f"plan: {line}, {reserved:.1f}s are kept for it")
+    rt.log(f"plan: {line}; {reserved:.1f}s of MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g} are kept for it")
     if predicted > reserved:
         rt.log(f"WARNING: {line}, more than GPTQ_RESERVE_SECONDS={reserved:g}: use auto, or fewer batches")
     if h.trains:
@@ -4389,7 +4389,8 @@ def rans_decode(classes: np.ndarray, frequencies: np.ndarray, states: np.ndarray
         states[: len(own_classes)] = x
     if used < len(words) or (states != RANS_LOW).any():
         raise ValueError("its stream of codes is damaged")
-    return (decoded.astype(np.int16) - 128).astype(np.int8)
+    decoded ^= 128  # as int8, the symbol less 128
+    return decoded.view(np.int8)
 
 
 def rans_body(packed_payload: bytes, rows: RowModel, tensors: list[Stored]) -> list[Any]:
@@ -4571,7 +4572,7 @@ def read_stored(blob: bytes, source: str) -> tuple[dict[str, Any], list[Stored]]
     """
     _, digest, version, codec, length = PREFIX.unpack(blob[: PREFIX.size].ljust(PREFIX.size))
     if len(blob) < PREFIX.size or blob[:4] != MAGIC or version not in READABLE_VERSIONS:
-        found = f"{len(blob)} bytes, {blob[:4]!r}, format version {version}, this script reads {' and '.join(map(str, READABLE_VERSIONS))}"
+        found = f"{len(blob)} bytes, {blob[:4]!r}, format version {version}, this script reads 2 and 3"
         raise UserError(f"{source} is not an artifact of this script ({found}): use the script beside it")
     if hashlib.sha256(memoryview(blob)[DIGEST_END:]).digest()[:16] != digest:
         raise UserError(f"{source} is truncated or damaged ({len(blob)} bytes, wrong checksum): copy it again")

@@ -17,7 +17,6 @@ import json
 import math
 import re
 import statistics
-import struct
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field
@@ -62,8 +61,8 @@ PAINT = {name: light for name, (light, _) in COLOURS.items()}
 DASHES = ((), (6, 2.5), (1.8, 1.8), (7, 2, 1.8, 2))
 MOST_RUNS = 6 * len(DASHES)  # a run is a colour and a dash
 FAMILY_COLOURS = {family.name: f"c{i}" for i, family in enumerate(t.PARAM_GROUPS)} | {"header": "c6", "code": "c7"}
-PHASE_COLOURS = {"preflight": "c1", "train": "c2", "validation": "c0", "export": "c3", "load": "c7"}
-PHASE_COLOURS |= {"other scores": "c5", "score": "c4"}
+PHASE_COLOURS = {"preflight": "c1", "train": "c2", "calibration": "c6", "validation": "c0"}
+PHASE_COLOURS |= {"export": "c3", "load": "c7", "other scores": "c5", "score": "c4"}
 ROUND = (1, 2, 2.5, 5, 10)  # ticks are multiples of these
 WIDTH, FONT = 384, 12.5  # units of a figure: on a phone of 360 pixels a unit is 0.81, so its text has 10.2
 ZSTD_LEVEL = 3  # of a model of 0.96 MB the parts took, alone and together, within 0.5% of the file at any level
@@ -81,13 +80,18 @@ FIELDS: dict[str, tuple[str, dict[str, type | tuple[type, ...]]]] = {
     "resumed": ("step seconds", {}),
     "train": ("step train_loss seconds", {}),
     "eval": ("val_loss val_bpb seconds", {"stage": str}),
+    "stored": ("weights bits bytes", {"family": str}),
     "final": (
         "val_loss val_bpb num_targets num_bytes bytes_model bytes_code bytes_total eval_seconds",
         {"kind": str, "compliant": bool, "rule_breaks": dict, "code_sha256": str},
     ),
 }
-# Numbers of a final event that an older log, or one without training, does not have.
-OPTIONAL = "steps train_seconds export_seconds preflight_seconds load_seconds eval_seconds_strict".split()
+# Numbers that an event need not have: an older log, a run without training, values that are not quantized.
+OPTIONAL = {
+    "final": "steps train_seconds calibration_seconds export_seconds preflight_seconds load_seconds "
+    "eval_seconds_strict",
+    "stored": "clip error",
+}
 
 
 class Part(NamedTuple):
@@ -117,6 +121,7 @@ class Run:
     final: dict[str, Any] = field(default_factory=dict)
     audit: dict[str, Any] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
+    grids: dict[str, dict[str, Any]] = field(default_factory=dict)  # family -> what the log says of its grid
     notes: list[str] = field(default_factory=list)
     bytes_artifact: int = 0
 
@@ -157,6 +162,7 @@ class Run:
     def seconds(self) -> dict[str, float]:
         """Returns phase -> seconds, as the run clocked them; none of these lies in another."""
         clocked = {name: self.final.get(f"{name}_seconds") for name in ("preflight", "export", "load")}
+        clocked["calibration"] = self.final.get("calibration_seconds") or None  # 0: there was none
         clocked |= {"train": self.train_seconds, "score": self.final.get("eval_seconds")}
         reported = [*self.ladder()][-1:] if self.final else []  # its seconds are the run's eval_seconds
         for stage, event in self.scores.items():
@@ -182,7 +188,7 @@ def check_event(event: Any, where: str) -> dict[str, Any]:
     if not isinstance(kind, str):
         raise ReportError(f'{where} is no object with a text "event": is this the metrics.jsonl of a run?')
     numbers, others = FIELDS.get(kind, ("", {}))
-    for name in [*numbers.split(), *(n for n in OPTIONAL if kind == "final" and n in event)]:
+    for name in [*numbers.split(), *(n for n in OPTIONAL.get(kind, "").split() if n in event)]:
         if type(event.get(name)) not in (int, float) or not abs(event[name]) < 1e15:
             raise ReportError(f"{where}: {name} of event {kind} is {event.get(name)!r:.60}, a number is needed")
     for name, wanted in others.items():
@@ -234,6 +240,8 @@ def read_run(folder: Path, name: str, index: int, alone: bool) -> Run:
             run.train.append(event)
         elif kind == "eval":
             run.scores[event["stage"]] = event
+        elif kind == "stored":
+            run.grids[event["family"]] = event
     if events and not run.config or "raw" in run.scores and not run.train:
         raise ReportError(f"{path} has no {'train' if run.config else 'config'} event: its first lines are missing")
     if num_segments > 1:
@@ -283,34 +291,25 @@ def note_missing(run: Run, path: Path) -> None:
 def read_parts(blob: bytes, source: str) -> list[Part]:
     """Returns what each family of parameters takes in the artifact, in each of its bits, and what the header takes.
     Family and bits are those of the file, not of the settings. UserError if the file is no sound artifact."""
-    t.decode(blob, source)  # checks all that is relied on below
-    codec, length = t.PREFIX.unpack_from(blob)[3:]
-    payload, zstandard = blob[t.PREFIX.size :], t.require("zstandard", "it measures the parts of an artifact")
-    if codec == t.CODECS["zstd"]:
-        payload = zstandard.ZstdDecompressor().stream_reader(payload).read(length)
-    elif codec == t.CODECS["lzma"]:
-        payload = t.lzma.LZMADecompressor(**t.LZMA).decompress(payload, length)
-    offset = 4 + struct.unpack_from("<I", payload)[0]
-    tensors = json.loads(payload[4:offset])["tensors"]
-    entries = [(family_name(str(n)), int(bits), [int(size) for size in shape]) for n, bits, shape in tensors]
-    pieces, values = {("header", 0): [payload[:offset]]}, {("header", 0): 0}
-    spans = [(family, bits, math.prod(shape)) for family, bits, shape in entries if bits < 16]  # codes, then the rest
-    spans += [(f, bits, (4 if bits == 32 else 2) * (s[0] if bits < 16 else math.prod(s))) for f, bits, s in entries]
-    for family, bits, size in spans:
-        pieces.setdefault((family, bits), []).append(payload[offset : offset + size])
-        offset += size
-    assert offset == len(payload), (offset, len(payload))
-    for family, bits, shape in entries:
-        values[family, bits] = values.get((family, bits), 0) + math.prod(shape)
-    compress, order = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress, [*FAMILY_COLOURS, "other"]
-    keys = sorted(pieces, key=lambda key: (order.index(key[0]), key[1]))
-    wholes = [b"".join(pieces[key]) for key in keys]
-    return [Part(*key, values[key], len(whole), len(compress(whole))) for key, whole in zip(keys, wholes)]
-
-
-def family_name(name: str) -> str:
-    """Returns the family of a stored tensor, or "other": the file may be of another script."""
-    return next((family.name for family in t.PARAM_GROUPS if re.fullmatch(family.pattern, name)), "other")
+    header, tensors = t.read_stored(blob, source)
+    is_rans = t.PREFIX.unpack_from(blob)[3] == t.CODECS["rans"]
+    compress = t.require("zstandard", "it measures the parts of an artifact").ZstdCompressor(level=ZSTD_LEVEL).compress
+    members: dict[tuple[str, int], list[t.Stored]] = {}
+    for tensor in tensors:
+        members.setdefault((t.family_of(tensor.name), tensor.bits), []).append(tensor)
+    text = bytes(4) + json.dumps(header).encode()
+    parts = [Part("header", 0, 0, len(text), len(compress(text)))]
+    for (family, bits), own in members.items():
+        codes = b"".join(t.raw_bytes(tensor.values) for tensor in own if bits < 16)
+        rest = b"".join(t.raw_bytes(tensor.values if bits >= 16 else tensor.scales) for tensor in own)
+        alone = len(compress(codes + rest))
+        if is_rans:
+            code_bits = sum(t.model_rows(own, "rans").bits_by_family().values())
+            alone = math.ceil(code_bits / 8) + len(compress(rest))
+        values = sum(tensor.values.numel() for tensor in own)
+        parts.append(Part(family, bits, values, len(codes) + len(rest), alone))
+    order = [*FAMILY_COLOURS, "other"]
+    return sorted(parts, key=lambda part: (order.index(part.family), part.bits))
 
 
 def read_runs(folders: list[str]) -> list[Run]:
@@ -748,13 +747,17 @@ def bytes_html(runs: list[Run]) -> str:
     """Returns what each part of each artifact takes."""
     whole = "" if runs[0].alone else " The number beside a bar is the real size of the run's file and code."
     text = f"""<p>The file is compressed as a whole, so no part has a size of its own in it: shown is each part
-    compressed alone, codes and scales, by zstd level {ZSTD_LEVEL}. Code is counted as it is.{whole}</p>"""
+    compressed alone, codes and scales, by zstd level {ZSTD_LEVEL}, or codes by the tables of rans where that is the
+    file's coder. Code is counted as it is.{whole} From the run's log: <b>clip</b>, the mean over rows of the largest
+    value that can be stored; <b>error</b>, of what is stored, as a part of the weights, both root mean squares.</p>"""
     for run in runs:
         together, rows = sum(part.alone for part in run.parts), []
         for part in run.parts:
             each = 8 * part.alone / part.values if part.values else None
-            rows.append([esc(part.label), *map(num, part[2:]), num(each, ".2f")])
-        head = ["part", "values", "bytes stored", "bytes alone", "bits a value"]
+            grid = run.grids.get(part.family, {}) if part.bits and part.bits < 16 else {}
+            clip, error = num(grid.get("clip"), ".4f"), num(grid.get("error"), ".2%")
+            rows.append([esc(part.label), *map(num, part[2:]), num(each, ".2f"), clip, error])
+        head = ["part", "values", "bytes stored", "bytes alone", "bits a value", "clip", "error"]
         sums = f"<p>Together {num(together)} bytes; final_model.bin has {num(run.bytes_artifact)}.</p>"
         inner = sums + table(f"Parts of {run.name}", head, rows)
         text += inner if run.alone else f"<details><summary>{named(run)}</summary>{inner}</details>"

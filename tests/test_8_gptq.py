@@ -264,7 +264,7 @@ def test_the_reserve_is_what_the_preflight_predicts_unless_it_is_given(make_run:
         run.rt.pass_seconds = {"calibration": 0.5, "factorization": 1.0}
         t.plan_calibration(run)
         assert t.training_budget(run.h) == pytest.approx(expected)
-    assert "will take about 9.0s, 11.3s are kept for it" in lines[0]
+    assert "will take about 9.0s; 11.3s of MAX_WALLCLOCK_SECONDS=100 are kept for it" in lines[0]
     assert lines[2].startswith("WARNING: ") and "more than GPTQ_RESERVE_SECONDS=3" in lines[2] and len(lines) == 3
     run.h.max_wallclock_seconds = 5.0
     run.rt.pass_seconds["calibration"] = 10.0
@@ -314,6 +314,7 @@ GPTQ = {"GPTQ_ENABLED": 1, "GPTQ_CALIBRATION_BATCHES": 2, "COMPRESSOR": "rans"}
 @pytest.fixture(scope="session")
 def trained(once: Callable, corpus: object) -> Path:
     """The checkpoint of a small trained model."""
+
     def fill(folder: Path) -> None:
         environment = shell(corpus, **SMALL, RUN_ID="a", TTT_ENABLED=0)
         done = subprocess.run(

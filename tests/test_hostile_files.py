@@ -212,7 +212,7 @@ def sealed(draw: Callable, payload: bytes) -> bytes:
     payload = payload_of(text, data)
     if draw(one_in(8)):
         payload = draw(damaged(payload))
-    codec = draw(st.sampled_from((0, 0, 1, 2, 3)))
+    codec = draw(st.sampled_from((0, 0, 1, 2, 4)))
     body = compress(payload, codec)
     if draw(one_in(8)):
         body = draw(damaged(body))
@@ -221,13 +221,42 @@ def sealed(draw: Callable, payload: bytes) -> bytes:
     return seal(payload, version, codec, length, body)
 
 
+@st.composite
+def coded_rows(draw: Callable, blob: bytes) -> bytes:
+    """A file of the codec rans with a right checksum, of which header, tables, states or words are wrong."""
+    body = blob[t.PREFIX.size :]
+    end = 4 + struct.unpack_from("<I", body)[0]
+    payload, streams = t._decompress(body[4:end], t.CODECS["rans"], 2**20), body[end:]
+    header, data = split(payload)
+    wrong = draw(st.sampled_from(("header", "data", "streams", "packed")))
+    if wrong == "header":
+        payload = payload_of(draw(json_texts(header)), data)
+    if wrong == "data":
+        payload = payload_of(json.dumps(header).encode(), draw(damaged(data)))
+    if wrong == "streams":
+        streams = draw(damaged(streams) | st.binary(max_size=len(streams)))
+    packed = t.compress_lzma(payload)
+    if wrong == "packed":
+        packed = draw(damaged(packed))
+    size = len(packed) if draw(st.booleans()) else draw(st.integers(0, 2**32 - 1))
+    length = draw(LENGTHS) if draw(one_in(8)) else len(payload)
+    return seal(b"", codec=3, length=length, body=struct.pack("<I", size) + packed + streams)
+
+
 def bombs(header: dict, data: bytes) -> list[bytes]:
     """Returns small files that declare much, or unpack to much."""
-    text = as_json({**header, "tensors": [["w", 8, [1, 2**28 - 4000]]]})
-    fat = payload_of(text.ljust(3994), bytes(2**28 - 3998))  # 2^28 bytes, all described
+    many = as_json({**header, "tensors": [["w", 8, [1, 2**28 - 4000]]]})
+    fat = payload_of(many.ljust(3994), bytes(2**28 - 3998))  # 2^28 bytes, all described
+    classes = np.zeros((1, t.NUM_SYMBOLS), "<u2")
+    classes[0, 128] = 2**t.RANS_BITS  # a table of one symbol: codes without a word
+    text = as_json({**header, "classes": 1, "tensors": [["w", 8, [1, 2**28]]]})
+    nothing = payload_of(text, b"\0" + classes.tobytes())
+    packed = t.compress_lzma(nothing + b"\0<")
+    states = np.full(t.count_lanes(2**28), t.RANS_LOW, "<u4").tobytes()
     frame, chunks = compress(bytes(2**20), 1), compress(bytes(2**26), 2)  # each can be repeated, to 3 GiB
     widest = {"train_seq_len": 786_432, "model_dim": 128, "num_heads": 1, "num_kv_heads": 1, "rope_dims": 128}
     made = [seal(fat, codec=1, body=compress(fat, 1))]
+    made.append(seal(nothing + bytes(2), codec=3, body=struct.pack("<I", len(packed)) + packed + states))
     made += [seal(payload_of(text, data)) for text in tricks(header, t.LARGEST_HEADER)]
     # The largest tables of rotary positions, and as many tensors as a header can have.
     made.append(seal(payload_of({"model": header["model"] | widest, "tensors": []}, b"")))
@@ -257,9 +286,7 @@ def artifact(make_run: Callable) -> Reader:
 
     def read(folder: Path) -> None:
         h, model = t.load_artifact(folder / "m.bin")
-        content = (folder / "m.bin").read_bytes()
-        *_, codec, length = t.PREFIX.unpack(content[: t.PREFIX.size])
-        header, _ = split(t._decompress(content[t.PREFIX.size :], codec, length))
+        header, _ = t.read_stored((folder / "m.bin").read_bytes(), "m.bin")
         assert sorted((name, list(p.shape)) for name, p in model.named_parameters()) == sorted(
             (name, shape) for name, _, shape in header["tensors"]
         )
@@ -267,11 +294,12 @@ def artifact(make_run: Callable) -> Reader:
         assert all(getattr(h, name) == value for name, value in dict(header["model"]).items())
         assert model(torch.zeros(1, 2).long(), torch.zeros(1, 2).long()).shape == ()
 
+    rows = t.encode(run.h, t.quantize_weights(prepare(run.h, weights), 0.01), 0.01, "rans")
     crafted = bombs(header, coded)
     crafted.append(exact([*others, last], b"\xff" * len(data)))  # not finite
     crafted.append(exact([*others, last, last], data + data[-4 * math.prod(last[2]) :]))
     crafted.append(exact([*others, [last[0], 32, [-1, last[2][1]]]], data))
-    attacks = contents(damaged(blob), *[sealed(payload)] * 4)
+    attacks = contents(damaged(blob), *[sealed(payload)] * 4, *[coded_rows(rows)] * 2)
     return Reader({"m.bin": blob}, "m.bin", attacks, crafted, read, ("{folder}/m.bin",), LARGEST_ARTIFACT)
 
 

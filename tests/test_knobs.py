@@ -80,7 +80,7 @@ TURNS: dict[str, tuple] = {
     "audit": (False, True, "main"),
     "smoke": (False, True, "main"),
     "iterations": (24, 20, "schedule loop banner"),
-    "max_wallclock_seconds": (600.0, 12.0, "schedule loop banner"),
+    "max_wallclock_seconds": (600.0, 12.0, "schedule loop banner kept"),
     "warmdown_frac": (0.5, 0.25, "schedule banner"),
     "warmdown_iters": (0, 10, "schedule banner"),
     "warmup_steps": (20, 3, "preflight"),
@@ -139,6 +139,9 @@ TURNS: dict[str, tuple] = {
     "fp16_keep_name_patterns": ("", "attn.c_k", "codes:attn size banner"),
     "quant_floor": (0.05, 0.5, f"{CODES} size"),
     "prune_frac": (0.0, 0.3, f"{CODES} size"),
+    "gptq_enabled": (False, True, "learned kept size"),
+    "gptq_calibration_batches": (2, 3, "learned kept", {"gptq_enabled": True}),
+    "gptq_reserve_seconds": ("auto", 5.0, "kept banner", {"gptq_enabled": True}),
     "compressor": ("zstd", "lzma", "file"),
     "size_of_code": ("packed", "raw", "code"),
     "size_limit": (len(CODE) + 5000, len(CODE) + 4000, f"{CODES} size", FITTED),
@@ -369,6 +372,17 @@ def stage_averages(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str,
         torch._foreach_mul_([p.data for p in run.model.parameters()], 0.9)
         trainer.update_averages(step, (5016 - step) / 16)
     return {"averages": (trainer.apply_average(), weights_of(run.model))}
+
+
+def stage_calibrate(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """learned: what GPTQ learns from training tokens. kept: the seconds of training that are left, if a batch of that
+    takes one."""
+    run = make_run(h)
+    curvatures = t.calibrate(run)[0].get("gptq", {})
+    run.rt.pass_seconds = {"calibration": 1.0, "factorization": 1.0}
+    t.plan_calibration(run)
+    learned = [(name, c.importance, c.factor) for name, c in curvatures.items()]
+    return {"learned": learned, "kept": t.training_budget(h)}
 
 
 def stage_export(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any]:
