@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import copy
 import importlib.util
 import json
 import math
@@ -37,6 +38,7 @@ import train_gpt as t  # noqa: E402
 
 # Dense bfloat16 peaks in TFLOP/s, from the makers' data sheets, by a part of the device's name.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0, "B200": 2250.0}
+BYTES_A_WEIGHT = 0.589  # of the full model's 26,993,756 parameters in 16,000,000 bytes with a packed script of 95 kB
 # What records/env/bench.env sets of these is the size for machines without a GPU.
 SIZES = {"num_layers", "model_dim", "num_heads", "num_kv_heads", "train_seq_len", "train_batch_tokens"}
 
@@ -51,6 +53,13 @@ def training_flops(h: t.Hyperparameters, model: torch.nn.Module) -> float:
     products = [p.numel() for name, p in model.named_parameters() if p.ndim == 2 and not name.endswith(tables)]
     attention = 4 * h.num_layers * h.model_dim * h.train_seq_len / 2
     return 3 * (2 * sum(products) + attention)
+
+
+def spread_rows(w: torch.Tensor) -> torch.Tensor:
+    """Returns random weights in the shape of `w`, whose rows differ in width as those of trained models do."""
+    if w.ndim < 2:
+        return torch.ones_like(w)
+    return 0.16 * torch.randn_like(w) * torch.exp(0.3 * torch.randn_like(w[:, :1]))
 
 
 class Case:
@@ -86,6 +95,13 @@ class Case:
         self.ttt = t.pick_ttt(self.run)
         self.adaptation_batch = self.ttt.batches(self.scorer.tokens, 0, min(h.ttt_chunk_tokens, val.num_targets))[0]
         rt.log = lambda line: None  # each checkpoint has one
+        self.weights = {name: spread_rows(p.detach()) for name, p in model.named_parameters()}
+        h = copy.copy(h)
+        h.gptq_calibration_batches = 1
+        num_weights = sum(p.numel() for p in model.parameters())
+        h.size_limit = min(h.size_limit, len(self.run.code) + int(BYTES_A_WEIGHT * num_weights))
+        self.exported = self.run._replace(h=h)
+        self.curvatures: dict[str, t.Curvature] = {}
 
     # -------------------------------------------------------------------------------------------- stages of a step
     def forward(self) -> None:
@@ -140,14 +156,17 @@ class Case:
         """One step of adaptation."""
         self.ttt.adapt(self.adaptation_batch, lr_scale=0.0)
 
-    def quantize(self) -> None:
-        """Weights to codes, at one floor."""
-        weights = dict(self.run.model.named_parameters())
-        self.quantized = list(t.quantize_weights(t.prepare_weights(self.run, weights, self.h.prune_frac), 0.0))
+    def calibrate(self) -> None:
+        """GPTQ's statistics of a batch, and the factors of its Hessians."""
+        self.curvatures = t.measure_curvature(self.exported)
 
-    def compress(self) -> None:
-        """Codes to the artifact: one round of the fit to the limit."""
-        self.blob = t.encode(self.h, self.quantized, 0.0, self.h.compressor)
+    def fit(self) -> None:
+        """Weights to the artifact that fits the limit, by the clip search."""
+        self.blob, _ = t.fit_artifact(self.exported, self.weights)
+
+    def fit_gptq(self) -> None:
+        """The same by GPTQ."""
+        self.blob, _ = t.fit_artifact(self.exported._replace(calibrated={"gptq": self.curvatures}), self.weights)
 
     def reload(self) -> None:
         """The artifact to weights."""
@@ -159,7 +178,7 @@ STAGES = {
     "step": ("forward", "forward_backward", "optimizer", "averages", "load_batch", "step", "checkpoint"),
     "score": ("score",),
     "adapt": ("adapt",),
-    "export": ("quantize", "compress", "reload"),
+    "export": ("calibrate", "fit", "fit_gptq", "reload"),
 }
 PREPARE = {
     "optimizer": "prepare_optimizer",
@@ -230,9 +249,11 @@ def figures(case: Case, milliseconds: dict[str, float]) -> dict[str, float]:
     if "adapt" in milliseconds:
         sequences = min(h.ttt_batch_seqs, math.ceil(h.ttt_chunk_tokens / h.window))
         rows["adaptation, s per million tokens and epoch"] = milliseconds["adapt"] / 1000 / (sequences * h.window) * 1e6
-    if "quantize" in milliseconds:
-        rows["quantize, s"] = milliseconds["quantize"] / 1000
-        rows["compress, s a round of the fit"] = milliseconds["compress"] / 1000
+    if "fit" in milliseconds:
+        rows["GPTQ: a batch of its calibration, s"] = rt.pass_seconds["calibration"]
+        rows["GPTQ: factors of its Hessians, s"] = rt.pass_seconds["factorization"]
+        rows["fit to the limit, s"] = milliseconds["fit"] / 1000
+        rows["fit to the limit with GPTQ, s"] = milliseconds["fit_gptq"] / 1000
         rows["reload, s"] = milliseconds["reload"] / 1000
         rows["artifact, bytes"] = len(case.blob)
     return rows
