@@ -3917,11 +3917,13 @@ def plan_calibration(run: Run) -> None:
     h.predicted_seconds["gptq"] = 1.2 * predicted + 0.5
     reserved = h.predicted_seconds["gptq"] if h.gptq_reserve_seconds == "auto" else h.gptq_reserve_seconds
     line = f"calibration of GPTQ on {h.gptq_calibration_batches} batches will take about {predicted:.1f}s"
+    if not h.trains or not h.max_wallclock_seconds:
+        rt.log(f"plan: {line}")
+        return
     rt.log(f"plan: {line}; {reserved:.1f}s of MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g} are kept for it")
     if predicted > reserved:
         rt.log(f"WARNING: {line}, more than GPTQ_RESERVE_SECONDS={reserved:g}: use auto, or fewer batches")
-    if h.trains:
-        training_budget(h)  # raises where nothing is left
+    training_budget(h)  # raises where nothing is left
 
 
 def _preflight_scoring(run: Run) -> None:
@@ -4116,52 +4118,76 @@ def quantize_weights(prepared: Iterable[Prepared], quant_floor: float) -> list[S
     return list(stored.values())
 
 
-# Bytes of a file for each byte of `Estimate`, before a file of the run corrects it.
-TYPICAL_RATIO = {"zstd": 1.01, "lzma": 1.02, "rans": 1.0}
-FIT_TARGET = 0.9995  # of the budget; a file over 0.999 of it is near enough: the rest is worth 0.0001 bits per byte
-
-
 def fit_artifact(run: Run, weights: dict[str, Tensor]) -> tuple[bytes, float]:
     """Return the artifact and its floor: QUANT_FLOOR, or the smallest whose code + model fit SIZE_LIMIT.
 
-    The floor is found on a sample of the rows, by the entropy of their codes. The file of all rows then shows how many
-    bytes the coder really takes for each estimated one, and the second file is within 0.1% of the limit.
+    Where nothing fits, return the last file that was tried.
     """
     h, rt = run.h, run.rt
     budget = h.size_limit - len(run.code)
     prepared = prepare_weights(run, weights, h.prune_frac)
-    matrices = [p for p in prepared if p.clips is not None]
-    num_codes = sum(p.values.numel() for p in matrices)
-    is_auto = h.quant_floor == "auto" and num_codes > 0
-    estimate = Estimate(prepared, h.compressor)
-    ratio = TYPICAL_RATIO[h.compressor]
-    quant_floor = 0.0 if h.quant_floor == "auto" else h.quant_floor
+    num_codes = sum(p.values.numel() for p in prepared if p.clips is not None)
+    search = None
+    quant_floor = h.quant_floor
+    if quant_floor == "auto":
+        quant_floor = 0.0
+        search = FloorSearch(Estimate(prepared, h.compressor), budget) if num_codes else None
     best = None
-    too_fine = -1.0  # the largest floor that was tried and does not fit
-    for _ in range(8):
-        if is_auto:
-            quant_floor = estimate.find_floor(FIT_TARGET * budget / ratio)
-            is_known = quant_floor <= too_fine or (best is not None and quant_floor >= best[1])
-            if is_known and best is not None:
-                quant_floor = (too_fine + best[1]) / 2
-            elif is_known:
-                quant_floor = max(1.25 * too_fine, 0.01)
+    while True:
+        if search is not None:
+            quant_floor = search.next_floor()
         tensors = quantize_weights(prepared, quant_floor)
         blob = encode(h, tensors, quant_floor, h.compressor)
         rt.log(f"quantized: floor {quant_floor:.5f} gives {len(blob):,} of {budget:,} bytes")
-        if len(blob) <= budget:
-            best = (blob, quant_floor, tensors)
-        else:
-            too_fine = quant_floor
-        if not is_auto or (best is not None and (best[1] == 0 or len(best[0]) > 0.999 * budget)):
+        if best is None or len(blob) <= budget or len(best[1]) > budget:
+            best = (tensors, blob, quant_floor)
+        if search is None or search.is_over(quant_floor, len(blob)):
             break
-        ratio = len(blob) / estimate.bytes_at(quant_floor)
-    blob, quant_floor, tensors = best or (blob, quant_floor, tensors)
+    tensors, blob, quant_floor = best
     log_stored(run, prepared, tensors, blob)
     if h.prune_frac:
         num_changed = count_pruned(run, weights, prepared, quant_floor)
         rt.log(f"pruned: changed {num_changed:,} of {num_codes:,} codes")
     return blob, quant_floor
+
+
+class FloorSearch:
+    """Looks for the smallest floor whose file fits a budget. The estimate gives the first; a file of it shows how many
+    bytes the coder really takes for each estimated one, so that the second is nearly always within 0.1% of the budget.
+    """
+
+    # Bytes of a file for each byte of the estimate, before there is a file.
+    TYPICAL_RATIO = {"zstd": 1.01, "lzma": 1.02, "rans": 1.0}
+    TARGET = 0.9995  # of the budget
+    NEAR_ENOUGH = 0.999  # the rest is worth 0.0001 bits per byte
+    MAX_FILES = 8
+
+    def __init__(self, estimate: Estimate, budget: int):
+        self.estimate = estimate
+        self.budget = budget
+        self.ratio = self.TYPICAL_RATIO[estimate.codec]
+        self.too_fine = -1.0  # the largest floor that was tried and does not fit
+        self.fits = math.inf  # the smallest that was tried and does
+        self.num_files = 0
+
+    def next_floor(self) -> float:
+        """Return the floor to try next: what the estimate says, if that lies between those that were tried."""
+        floor = self.estimate.find_floor(self.TARGET * self.budget / self.ratio)
+        if self.too_fine < floor < self.fits:
+            return floor
+        if math.isinf(self.fits):
+            return max(1.25 * self.too_fine, 0.01)
+        return (max(self.too_fine, 0.0) + self.fits) / 2
+
+    def is_over(self, floor: float, size: int) -> bool:
+        """Note the size of the file at a floor, and return whether none is worth trying any more."""
+        self.num_files += 1
+        self.ratio = size / self.estimate.bytes_at(floor)
+        if size > self.budget:
+            self.too_fine = max(self.too_fine, floor)
+            return self.num_files == self.MAX_FILES
+        self.fits = min(self.fits, floor)
+        return floor == 0 or size > self.NEAR_ENOUGH * self.budget or self.num_files == self.MAX_FILES
 
 
 class Estimate:
