@@ -152,7 +152,7 @@ def parts_of(blob: bytes) -> tuple[bytes, int]:
 
 def test_nearly_every_damage_to_a_stream_is_found_without_the_checksum(tiny: Callable) -> None:
     """What is not is a code for another of the same frequency, whose place in the table differs by the bit."""
-    codes = rows_of_codes(40, 50)
+    codes = rows_of_codes(12, 50)
     blob, begin = parts_of(file_of(tiny(), [stored("tok_emb.weight", codes)]))
     flips, found = 0, 0
     for position in range(begin, len(blob)):
@@ -164,7 +164,7 @@ def test_nearly_every_damage_to_a_stream_is_found_without_the_checksum(tiny: Cal
         except t.UserError as error:
             assert re.search(r"malformed.*(damaged|cut off)", str(error))
             found += 1
-    assert flips > 800 and found >= 0.99 * flips
+    assert flips > 250 and found >= 0.98 * flips
     for change in (blob[:-2], blob + bytes(2), blob[: begin + 2], blob[:begin], blob[:-1]):
         with pytest.raises(t.UserError, match="malformed"):
             t.read_stored(seal(change), "x")
