@@ -305,7 +305,10 @@ class Hyperparameters:
     bigram_bits = Knob(8, (2, 16), "stored bits of the hash tables")
     proj_bits = Knob(16, (2, 16), "stored bits of the projections of hash table and value embedding")
     fp16_keep_name_patterns = Knob("", None, "comma-separated parts of names; such tensors are stored in fp16")
-    quant_floor = AutoKnob((0.0, 1e3), "smallest clip of a row; auto: the smallest with which the file fits SIZE_LIMIT")
+    quant_floor = AutoKnob(
+        (0.0, 1e3),
+        "smallest clip of a row, with GPTQ times a factor of the parameter; auto: the smallest that fits SIZE_LIMIT",
+    )
     prune_frac = Knob(0.0, (0.0, 0.9), "zero this part of each quantized matrix, smallest magnitudes first")
     gptq_enabled = Knob(False, None, "round by GPTQ, with Hessians and steps learned from training tokens")
     gptq_calibration_batches = Knob(16, (1, 100_000), "batches of TRAIN_BATCH_TOKENS that GPTQ learns from")
@@ -434,12 +437,16 @@ class Hyperparameters:
             raise UserError("TTT_EPOCHS=auto is for TTT_MODE=score_first: give a number")
         if self.stride > self.window:
             raise UserError(f"EVAL_STRIDE={self.eval_stride} is larger than the window of {self.window} positions")
-        if self.trains and tokens % length:
+        if self.first_stage in ("train", "calibrate") and tokens % length:
             raise UserError(f"TRAIN_BATCH_TOKENS={tokens} is not a multiple of TRAIN_SEQ_LEN={length}")
         if self.ttt_freeze_blocks > self.num_layers:
             raise UserError(f"TTT_FREEZE_BLOCKS={self.ttt_freeze_blocks} is more than the {self.num_layers} blocks")
         if wrong_bits:
             raise UserError(f"{', '.join(wrong_bits)}: stored bits are 2 to 8, or 16 for fp16")
+        if self.gptq_enabled and self.prune_frac:
+            raise UserError(
+                f"GPTQ_ENABLED=1 moves errors into weights that PRUNE_FRAC={self.prune_frac} zeroes: use one"
+            )
         if self.eval_only and self.export_only:
             raise UserError("EVAL_ONLY and EXPORT_ONLY are both set: use one of them")
         if self.resume and not self.trains:
@@ -810,6 +817,7 @@ class Runtime:
         self.lag = int(cuda)  # steps that the host may be ahead of the device
         self.pending = None  # the numbers that lagged_list returns next
         self.run_dir: Path | None = None  # the run's folder, once `open_log` has it
+        self.can_resume = not (h.eval_only or h.export_only)
         self.fallback_dir = h.fallback_dir  # for what the run's folder does not take; or empty
         self.fallbacks: list[Path] = []  # the folders that are used then
         self.saved: dict[str, Path] = {}  # where `save` has put what
@@ -1299,7 +1307,7 @@ class Runtime:
 
     def how_to_resume(self) -> str:
         """Return the end of a line on a run that has stopped."""
-        if self.run_dir is None:
+        if self.run_dir is None or not self.can_resume:
             return ""
         settings = f"RESUME={self.run_dir}"
         if self.run_dir.parent == Path("logs"):
@@ -3019,7 +3027,10 @@ def build_run(h: Hyperparameters, rt: Runtime, decoded: GPT | None = None) -> Ru
     val = load_validation_tokens(h)
     shards = []
     if h.export_only and h.first_stage == "calibrate":
-        choose_export_stage(h, rt)
+        has_shards = any(Path(h.data_path).glob("*_train_*.bin"))
+        if rt.least(has_shards) == 0:
+            h.first_stage = "export"
+            rt.warn(f"GPTQ_ENABLED=1 needs training shards in DATA_PATH={h.data_path}: the clip search quantizes")
     if h.first_stage in ("train", "calibrate"):
         shards = load_shards(h, "train")
         batch_plan(h, rt)  # raises now what training would raise later
@@ -3399,11 +3410,22 @@ def train(run: Run) -> dict[str, Any]:
     return stats | {"checkpoint": checkpoint, "averaged_bpb": averaged.val_bpb}
 
 
+@contextlib.contextmanager
+def full_fp32() -> Iterator[None]:
+    """Multiply fp32 matrices in fp32, in this context, and not in TF32."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 class Curvature(NamedTuple):
     """What training tokens say of a quantized parameter: how much an error in it costs."""
 
     importance: float  # mean over its weights of the squared gradient
-    dead: Tensor | None = None  # columns whose input is always 0: bool (cols,). None: not a linear map, as the rest
+    dead: Tensor | None = None  # columns whose input is always 0: bool (cols,). None for tables, as are the next two
     order: Tensor | None = None  # columns by descending mean square of their input: int64 (cols,)
     factor: Tensor | None = None  # U (cols, cols), upper triangular, with U^T U = (H + damping)^-1 in that order
 
@@ -3476,6 +3498,9 @@ class CurvatureSums:
         """Return the curvature of each quantized parameter. Hessians of one size are factored in one batch."""
         device = self.run.rt.device
         curvatures = {name: Curvature(square.item()) for name, square in self.squares.items()}
+        for name, curvature in curvatures.items():
+            if not math.isfinite(curvature.importance):
+                raise UserError(f"GPTQ met a gradient of {name} that is not finite: set GPTQ_ENABLED=0")
         by_size: dict[int, list[str]] = {}
         for name, hessian in self.hessians.items():
             by_size.setdefault(len(hessian), []).append(name)
@@ -3495,7 +3520,8 @@ def factor_hessians(hessians: Tensor, damping: float) -> tuple[Tensor, Tensor, T
     """Return, for symmetric H (n, C, C): which columns are dead (n, C), the order of columns by descending diagonal
     (n, C), and the upper Cholesky factor U (n, C, C) of the inverse of H + damping in that order (Frantar et al. 2022).
 
-    The damping is a part of the mean of H's diagonal, ten times as much where that is not positive definite in fp32.
+    The damping is a part of the mean of H's diagonal: ten times as much for a matrix that is not positive definite in
+    fp32 with it, as often as that takes.
     """
     diagonal = hessians.diagonal(dim1=1, dim2=2)
     dead = diagonal == 0
@@ -3503,22 +3529,23 @@ def factor_hessians(hessians: Tensor, damping: float) -> tuple[Tensor, Tensor, T
     order = diagonal.argsort(dim=1, descending=True, stable=True)
     hessians = hessians.gather(1, order.unsqueeze(2).expand_as(hessians))
     hessians = hessians.gather(2, order.unsqueeze(1).expand_as(hessians))
-    mean = hessians.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
-    while damping < 1e3:
+    added = damping * hessians.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)  # (n, 1)
+    for _ in range(12):
         damped = hessians.clone()
-        damped.diagonal(dim1=1, dim2=2).add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed.any():
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed.any() and factor.isfinite().all():
-                return dead, order, factor
-        damping *= 10
-    raise UserError("GPTQ's Hessians have no factor: activations are not finite; lower MATRIX_LR, or GPTQ_ENABLED=0")
+        damped.diagonal(dim1=1, dim2=2).add_(added)
+        lower, failed_first = torch.linalg.cholesky_ex(damped)
+        factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        is_bad = (failed_first != 0) | (failed != 0) | ~factor.isfinite().flatten(1).all(1)
+        if not is_bad.any():
+            return dead, order, factor
+        added = torch.where(is_bad.unsqueeze(1), 10 * added, added)
+    raise UserError("GPTQ's Hessians have no factor, as if activations were not finite: set GPTQ_ENABLED=0")
 
 
 def measure_curvature(run: Run) -> dict[str, Curvature]:
     """Return, on rank 0, the curvature of each quantized parameter, from GPTQ_CALIBRATION_BATCHES of the training
-    shards; other ranks help to sum. They are the batches that training began with, on however many processes."""
+    shards: those that training began with. All ranks sum; the order of a sum depends on their number, and with it a
+    code in about 10,000."""
     h, rt = run.h, run.rt
     sums = CurvatureSums(run)
     loader = TokenLoader(h, rt, run.train_shards)
@@ -3570,18 +3597,6 @@ def reserved_seconds(h: Hyperparameters, calibration: Calibration) -> float:
     return h.predicted_seconds.get(calibration.name, 0.0) if seconds == "auto" else seconds
 
 
-def choose_export_stage(h: Hyperparameters, rt: Runtime) -> None:
-    """With EXPORT_ONLY, calibrate where there are training shards on every rank; otherwise say so, and only export."""
-    try:
-        load_shards(h, "train")
-        reason = ""
-    except UserError as error:
-        reason = str(error)
-    if rt.least(not reason) == 0:
-        h.first_stage = "export"
-        rt.warn(f"GPTQ_ENABLED=1 needs training shards, so the clip search quantizes: {reason or 'a rank has none'}")
-
-
 def calibrate(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run the calibrations, the last stage allowed to read training shards. Return their results by name, and stats."""
     rt = run.rt
@@ -3592,9 +3607,12 @@ def calibrate(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
         start = rt.now()
         learned[name] = calibration.measure(run)
         seconds = rt.broadcast_from_rank0(rt.now() - start)
-        reserved = reserved_seconds(run.h, calibration)
+        reserved = math.inf
+        if training_budget(run.h) and not run.h.export_only:
+            reserved = reserved_seconds(run.h, calibration)
+        of_reserve = f" of {reserved:.1f}s" if math.isfinite(reserved) else ""
         warning = ", WARNING: more than was reserved" if seconds > reserved else ""
-        rt.log(f"calibration took {seconds:.1f}s of {reserved:.1f}s: {name}{warning}")
+        rt.log(f"calibration took {seconds:.1f}s{of_reserve}: {name}{warning}")
         total += seconds
     shown = {name: value for name, value in learned.items() if isinstance(value, int | float | str)}
     return learned, {"calibration_seconds": total, "calibrated": shown}
@@ -3878,16 +3896,18 @@ def _preflight_training(run: Run) -> Trainer:
 
 
 def _preflight_calibration(run: Run) -> dict[str, Any]:
-    """Calibrate on two batches of random tokens, of which the second shows how long one takes."""
+    """Calibrate on random tokens: two micro-batches, of which the second shows how long one takes."""
     h = copy.copy(run.h)
     if not calibrations(h):
         return {}
     rng = np.random.default_rng(h.seed)
     shard = rng.integers(h.vocab_size, size=2 * h.train_batch_tokens + 1, dtype=np.uint16)
-    h.gptq_calibration_batches = 2
     run = run._replace(h=h, train_shards=[shard], val=random_text(h, h.window))
     if h.gptq_enabled:
         fit_calibration(run)
+        rows, _ = batch_plan(h, run.rt)
+        h.train_batch_tokens = rows * h.train_seq_len * run.rt.world_size
+        h.gptq_calibration_batches = 2
     return {calibration.name: calibration.measure(run) for calibration in calibrations(h)}
 
 
@@ -3908,19 +3928,22 @@ def fit_calibration(run: Run) -> None:
 
 
 def plan_calibration(run: Run) -> None:
-    """Predict the seconds of GPTQ's calibration from the preflight's, and keep them where that is left to the run."""
+    """Predict the seconds of GPTQ's calibration from a micro-batch of the preflight's, and keep them where that is left
+    to the run."""
     h, rt = run.h, run.rt
     if "calibration" not in rt.pass_seconds:
         return
-    batches = h.gptq_calibration_batches * rt.pass_seconds["calibration"]
-    predicted = rt.broadcast_from_rank0(batches + rt.pass_seconds["factorization"])
+    _, grad_accum_steps = batch_plan(h, rt)
+    passes = h.gptq_calibration_batches * grad_accum_steps
+    seconds = passes * rt.pass_seconds["calibration"] + rt.pass_seconds["factorization"]
+    predicted = rt.broadcast_from_rank0(seconds)
     h.predicted_seconds["gptq"] = 1.2 * predicted + 0.5
     reserved = h.predicted_seconds["gptq"] if h.gptq_reserve_seconds == "auto" else h.gptq_reserve_seconds
     line = f"calibration of GPTQ on {h.gptq_calibration_batches} batches will take about {predicted:.1f}s"
     if not h.trains or not h.max_wallclock_seconds:
         rt.log(f"plan: {line}")
         return
-    rt.log(f"plan: {line}; {reserved:.1f}s of MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g} are kept for it")
+    rt.log(f"plan: {line}; {reserved:.1f}s are kept for it, so steps end at {h.max_wallclock_seconds - reserved:.1f}s")
     if predicted > reserved:
         rt.log(f"WARNING: {line}, more than GPTQ_RESERVE_SECONDS={reserved:g}: use auto, or fewer batches")
     training_budget(h)  # raises where nothing is left
@@ -4024,7 +4047,7 @@ def scale_floors(h: Hyperparameters, weights: dict[str, Tensor], curvatures: dic
 
     To second order, an error of variance step^2 / 12 in each of n weights costs n x importance x step^2 / 24, and twice
     the step saves n bits: the sum is least where importance x step^2 is the same everywhere. Factors are powers of
-    2^(1/8), so that rounding in the sums of the calibration does not change them.
+    2^(1/8), so that rounding in the sums of the calibration rarely changes them.
     """
     quantized = {name: w.numel() for name, w in weights.items() if stored_bits(h, name) < 16}
     if not curvatures:
@@ -4069,7 +4092,7 @@ GPTQ_BLOCK = 128  # columns whose errors move on one by one; those behind them g
 
 def gptq(w: Tensor, scales: Tensor, bits: int, order: Tensor, factor: Tensor) -> Tensor:
     """Return int8 codes (n, rows, cols) of matrices w on the grids of `scales` (n, rows, 1), rounded column by column
-    in `order` (n, cols): each column's error is made good in the later ones (GPTQ, Frantar et al. 2022).
+    in `order` (n, cols), with each column's error compensated in the later ones (GPTQ, Frantar et al. 2022).
 
     `factor` is U (n, cols, cols) of `factor_hessians`. Where H is diagonal, these are the nearest codes.
     """
@@ -4113,7 +4136,9 @@ def quantize_weights(prepared: Iterable[Prepared], quant_floor: float) -> list[S
         scales = torch.stack([stored[p.name].scales for p in batch])
         orders = torch.stack([p.curvature.order for p in batch])
         factors = torch.stack([p.curvature.factor for p in batch])
-        for p, codes in zip(batch, gptq(weights, scales, bits, orders, factors)):
+        with full_fp32():
+            rounded = gptq(weights, scales, bits, orders, factors)
+        for p, codes in zip(batch, rounded):
             stored[p.name] = stored[p.name]._replace(values=codes)
     return list(stored.values())
 
@@ -4152,8 +4177,8 @@ def fit_artifact(run: Run, weights: dict[str, Tensor]) -> tuple[bytes, float]:
 
 
 class FloorSearch:
-    """Looks for the smallest floor whose file fits a budget. The estimate gives the first; a file of it shows how many
-    bytes the coder really takes for each estimated one, so that the second is nearly always within 0.1% of the budget.
+    """Looks for the smallest floor whose file fits a budget. The estimate gives the first; its file shows by how many
+    bytes the estimate is wrong, so that the second is nearly always within 0.1% of the budget.
     """
 
     # Bytes of a file for each byte of the estimate, before there is a file.
@@ -4165,24 +4190,24 @@ class FloorSearch:
     def __init__(self, estimate: Estimate, budget: int):
         self.estimate = estimate
         self.budget = budget
-        self.ratio = self.TYPICAL_RATIO[estimate.codec]
+        self.wanted = self.TARGET * budget / self.TYPICAL_RATIO[estimate.codec]  # bytes of the estimate
         self.too_fine = -1.0  # the largest floor that was tried and does not fit
         self.fits = math.inf  # the smallest that was tried and does
         self.num_files = 0
 
     def next_floor(self) -> float:
         """Return the floor to try next: what the estimate says, if that lies between those that were tried."""
-        floor = self.estimate.find_floor(self.TARGET * self.budget / self.ratio)
+        floor = self.estimate.find_floor(self.wanted)
         if self.too_fine < floor < self.fits:
             return floor
         if math.isinf(self.fits):
-            return max(1.25 * self.too_fine, 0.01)
+            return max(2 * self.too_fine, 0.01)
         return (max(self.too_fine, 0.0) + self.fits) / 2
 
     def is_over(self, floor: float, size: int) -> bool:
         """Note the size of the file at a floor, and return whether none is worth trying any more."""
         self.num_files += 1
-        self.ratio = size / self.estimate.bytes_at(floor)
+        self.wanted = self.TARGET * self.budget - (size - self.estimate.bytes_at(floor))
         if size > self.budget:
             self.too_fine = max(self.too_fine, floor)
             return self.num_files == self.MAX_FILES
@@ -4282,7 +4307,7 @@ def count_pruned(run: Run, weights: dict[str, Tensor], pruned: list[Prepared], q
 
 # rANS (Duda 2013): a coder that comes as near to the entropy of its tables as they are precise. Many lanes, each a
 # coder of its own, work at once. A row's codes are nearly Gaussian and rows differ in width, which zstd and LZMA do
-# not know: one table for rows of about the same width takes 2 to 5% less.
+# not know: one table for rows of about the same width takes 1.7 to 2.9% less (records/README.md).
 CLASSES = 8  # tables of a family
 TABLE_CODES = 4096  # that a table needs at least: one takes about 80 bytes
 RANS_BITS = 14  # a table's frequencies sum to 2^14
@@ -4685,6 +4710,8 @@ def _read_rans(reader: Reader, num_classes: int, shapes: list[list[int]], num_co
     """Return the codes, int8, of tensors of these shapes: classes and tables come from the payload."""
     if num_codes > LARGEST_PAYLOAD:
         raise ValueError(f"it unpacks to {num_codes:,} codes, more than {LARGEST_PAYLOAD:,}")
+    if not 0 <= num_classes <= 256:
+        raise ValueError(f"it has {num_classes} classes of rows, and a byte has 256 values")
     num_rows = sum(shape[0] for shape in shapes)
     classes = reader.take("u1", num_rows)
     frequencies = reader.take("<u2", num_classes * NUM_SYMBOLS).reshape(num_classes, NUM_SYMBOLS).astype(np.int64)
@@ -5247,6 +5274,9 @@ def banner(run: Run) -> None:
     rt.log(f"validation: {run.val.note}")
     if h.trains:
         _log_training_plan(run)
+    if h.gptq_enabled and h.first_stage in ("train", "calibrate"):
+        tokens = f"{h.gptq_calibration_batches} batches of TRAIN_BATCH_TOKENS={h.train_batch_tokens:,}"
+        rt.log(f"plan: GPTQ learns from {tokens}; GPTQ_CALIBRATION_BATCHES sets their number")
     ttt = "no TTT"
     if h.ttt_enabled:
         ttt = f"TTT {h.ttt_mode} {h.ttt_optimizer} lr {h.ttt_lr} epochs {h.ttt_epochs}"
@@ -5523,7 +5553,7 @@ def bytes_to_write(run: Run) -> tuple[int, int]:
     h = run.h
     num_parameters = sum(p.numel() for p in run.model.parameters())
     results = min(h.size_limit, 2**20 + 2 * num_parameters) + 2**22  # the artifact; logs and script
-    if h.first_stage not in ("train", "calibrate"):
+    if not h.trains:
         return results, 0
     sizes = collections.Counter()  # optimizer -> bytes
     for name, parameter in run.model.named_parameters():

@@ -1,4 +1,4 @@
-"""The entropy coder for rows of codes: lossless, as small as its tables say, and deaf to whatever a stranger sends."""
+"""The entropy coder for rows of codes: lossless, as small as its tables say, and what is malformed is refused."""
 
 from __future__ import annotations
 
@@ -181,6 +181,10 @@ def test_what_the_payload_claims_of_its_tables_is_checked(tiny: Callable) -> Non
     refused(np.full((1, 256), 63), np.zeros(10, np.uint8), "sum to 2")
     refused(rows.frequencies, np.full(10, len(rows.frequencies), np.uint8), "without a table")
     refused(np.zeros((0, 256), np.int64), np.zeros(10, np.uint8), "without a table")
+    for num_classes in (-1, 257, 50_000):  # each would take 16 kB
+        reader = t.Reader(bytes(2**26), 0)
+        with pytest.raises(ValueError, match="classes of rows"):
+            t._read_rans(reader, num_classes, [[1, 1]], 1, bytes(4))
 
 
 @pytest.mark.parametrize("num_streams", [2000, pytest.param(1_000_000, marks=pytest.mark.fuzz)])
