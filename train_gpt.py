@@ -2169,7 +2169,11 @@ def rms_norm(x: Tensor, gain: Tensor | None = None) -> Tensor:
 class Linear(nn.Linear):
     """A matrix with fp32 master weights, cast to the activations' type at use, or ahead (see CastMatrices)."""
 
-    cast: Tensor | None = None  # ahead, with its rows scaled
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # Ahead, with its rows scaled. Not on the class: a graph that found it there is compiled again once an instance
+        # has one of its own.
+        self.cast: Tensor | None = None
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """Return x W^T + b, with the rows of W times `scale`."""

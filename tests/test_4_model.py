@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import shutil
@@ -619,3 +620,18 @@ def test_the_compiled_model_scores_as_the_eager_one(
         for _ in range(2):  # fused kernels add in another order: ~100 roundings of 6e-8, in squares, on up to 10
             torch.testing.assert_close(compiled(ids, targets), model.token_nll(ids, targets), rtol=0, atol=1e-5)
             wake(model)  # new values of weights must be seen, not folded into the graph
+
+
+def test_scoring_between_steps_compiles_no_training_graph_again(tiny: Callable) -> None:
+    """Scoring casts matrices ahead. A step in training would else take a minute more, after the clock has started."""
+    torch.compiler.reset()
+    counter = importlib.import_module("torch._dynamo.testing").CompileCounter()
+    model = t.GPT(tiny(num_layers=2))
+    forward = torch.compile(model.forward, backend=counter)
+    ids = torch.zeros(2, 16, dtype=torch.int64)
+    forward(ids, ids)
+    compiled = counter.frame_count
+    with t.CastMatrices(model).used(), torch.no_grad():
+        model(ids, ids)
+    forward(ids, ids)
+    assert counter.frame_count == compiled > 0

@@ -443,7 +443,9 @@ def test_make_train_reads_the_files_in_turn_and_the_callers_settings_win(tmp_pat
     assert sorted(told) == ["SEED", "SWA_EVERY", "TTT_LR_GROUPS"]
     for wrong in ("pr563", "", "pr562 to"):
         done = subprocess.run([*command[:5], f"CONFIG={wrong}"], cwd=ROOT, text=True, capture_output=True, check=False)
-        assert done.returncode and "make train needs CONFIG, of: bench demo pr1092 pr518" in done.stdout + done.stderr
+        assert (
+            done.returncode and "make train needs CONFIG, of: bench demo gptq pr1092 pr518" in done.stdout + done.stderr
+        )
 
 
 # ----------------------------------------------------------------------------------------------------- they really run
