@@ -3446,16 +3446,18 @@ class CurvatureSums:
         self.model = run.model
         self.quantized = {n: p for n, p in run.model.named_parameters() if stored_bits(run.h, n) < 16}
         device = run.rt.device
-        self.squares = {name: torch.zeros((), device=device) for name in self.quantized}
+        # fp64 where there is one: of fp32 products, it makes the sums the same in whatever order ranks add them.
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.squares = {name: torch.zeros((), dtype=self.dtype, device=device) for name in self.quantized}
         self.linears = {}
         for name, module in self.model.named_modules():
             if isinstance(module, Linear) and f"{name}.weight" in self.quantized:
                 self.linears[f"{name}.weight"] = module
-        self.hessians = {}  # name -> fp32 (cols, cols)
+        self.hessians = {}  # name -> (cols, cols)
         for name in [*self.linears, self.HEAD]:
             if name in self.quantized:
                 cols = self.quantized[name].size(1)
-                self.hessians[name] = torch.zeros(cols, cols, device=device)
+                self.hessians[name] = torch.zeros(cols, cols, dtype=self.dtype, device=device)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -3479,7 +3481,7 @@ class CurvatureSums:
     def _see_input(self, name: str, x: Tensor) -> None:
         """Add inputs (…, cols). TF32 products of bf16 inputs are exact."""
         rows = x.detach().flatten(0, -2).float()
-        self.hessians[name].addmm_(rows.T, rows)
+        self.hessians[name] += rows.T @ rows
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """Add the tokens of a pass, inputs and targets (B, T)."""
@@ -3509,7 +3511,7 @@ class CurvatureSums:
         for name, hessian in self.hessians.items():
             by_size.setdefault(len(hessian), []).append(name)
         for names in by_size.values():
-            hessians = torch.stack([self.hessians.pop(name) for name in names])
+            hessians = torch.stack([self.hessians.pop(name).float() for name in names])
             if device.type == "mps":
                 hessians = hessians.cpu()  # not all of torch's factorizations exist there
             for name, *parts in zip(names, *factor_hessians(hessians, self.DAMPING)):
@@ -3548,8 +3550,8 @@ def factor_hessians(hessians: Tensor, damping: float) -> tuple[Tensor, Tensor, T
 
 def measure_curvature(run: Run) -> dict[str, Curvature]:
     """Return, on rank 0, the curvature of each quantized parameter, from GPTQ_CALIBRATION_BATCHES of the training
-    shards: those that training began with. All ranks sum; the order of a sum depends on their number, and with it a
-    code in about 10,000."""
+    shards: those that training began with. All ranks sum, and any number of them finds the same if their passes have
+    as many sequences."""
     h, rt = run.h, run.rt
     sums = CurvatureSums(run)
     loader = TokenLoader(h, rt, run.train_shards)

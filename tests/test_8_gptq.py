@@ -383,23 +383,18 @@ def trained(once: Callable, corpus: object) -> Path:
 
 
 @pytest.mark.slow
-def test_one_and_two_processes_find_the_same_grid_and_codes(
-    run_script: Callable, trained: Path, tmp_path: Path
-) -> None:
+def test_one_and_two_processes_write_the_same_file(run_script: Callable, trained: Path, tmp_path: Path) -> None:
     settings = {**SMALL, **GPTQ, "EXPORT_ONLY": trained, "TTT_ENABLED": 0, "SIZE_LIMIT": 220_000}
+    settings["GPTQ_CALIBRATION_BATCHES"] = 16  # fp32 sums in another order changed 38 of 569,344 codes
     settings["MICRO_BATCH_TOKENS"] = 256  # so that passes have the same sequences
-    stored = []
+    artifacts = []
     for processes in (1, 2):
         done = run_script(processes, RUN_ID=f"p{processes}", **settings)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "calibration took" in done.stdout and " of " not in done.stdout.partition("calibration took")[2][:8]
-        stored.append(t.read_stored((tmp_path / f"logs/p{processes}/final_model.bin").read_bytes(), "x"))
-    (one, ones), (two, twos) = stored
-    assert one["floor"] == two["floor"] > 0, "the limit must bind"
-    for own, other in zip(ones, twos):
-        assert own.scales is None or torch.equal(own.scales, other.scales)
-        # Sums in another order move H by 1e-7 of itself, and with it about a code in 10,000.
-        assert (own.values != other.values).float().mean() < 1e-3
+        artifacts.append((tmp_path / f"logs/p{processes}/final_model.bin").read_bytes())
+    assert artifacts[0] == artifacts[1]
+    assert t.read_stored(artifacts[0], "x")[0]["floor"] > 0, "the limit must bind"
 
 
 @pytest.mark.slow
