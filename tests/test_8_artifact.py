@@ -332,6 +332,23 @@ def test_a_file_is_written_and_read_without_pickle(
         assert loaded.skip_weights.equal(model.skip_weights.half().float())
 
 
+@pytest.mark.parametrize("codec", ["none", "zstd", "lzma"])
+def test_a_file_of_format_version_2_is_still_read(tiny: Callable, tmp_path: Path, codec: str) -> None:
+    """As scripts wrote it before rans: zstd-22 for the whole payload, LZMA with its largest dictionary."""
+    payload = write_artifact(tmp_path / "m.bin", *make_model(tiny, **RICH))[t.PREFIX.size :]
+    body = payload
+    if codec == "zstd":
+        body = zstandard.ZstdCompressor(level=22).compress(payload)
+    elif codec == "lzma":
+        filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+        body = lzma.compress(payload, format=lzma.FORMAT_RAW, filters=filters)
+    old = seal(payload, version=2, codec={"none": 0, "zstd": 1, "lzma": 2}[codec], body=body)
+    knobs, weights = t.decode(old, "an old file")
+    expected = t.decode((tmp_path / "m.bin").read_bytes(), "a new one")
+    assert knobs == expected[0]
+    assert_equal_weights(weights, expected[1])
+
+
 def test_the_file_alone_rebuilds_the_function(tiny: Callable, tmp_path: Path) -> None:
     h, model = make_model(tiny, **RICH)
     write_artifact(tmp_path / "m.bin", h, model)
