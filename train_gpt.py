@@ -3031,7 +3031,7 @@ def build_run(h: Hyperparameters, rt: Runtime, decoded: GPT | None = None) -> Ru
     val = load_validation_tokens(h)
     shards = []
     if h.export_only and h.first_stage == "calibrate":
-        has_shards = any(Path(h.data_path).glob("*_train_*.bin"))
+        has_shards = any(find_path(h.data_path, "DATA_PATH").glob("*_train_*.bin"))
         if rt.least(has_shards) == 0:
             h.first_stage = "export"
             rt.warn(f"GPTQ_ENABLED=1 needs training shards in DATA_PATH={h.data_path}: the clip search quantizes")
@@ -4216,7 +4216,7 @@ class FloorSearch:
         self.wanted = self.TARGET * self.budget - (size - self.estimate.bytes_at(floor))
         if size > self.budget:
             self.too_fine = max(self.too_fine, floor)
-            return self.num_files == self.MAX_FILES
+            return floor >= self.estimate.LARGEST_FLOOR or self.num_files == self.MAX_FILES
         self.fits = min(self.fits, floor)
         return floor == 0 or size > self.NEAR_ENOUGH * self.budget or self.num_files == self.MAX_FILES
 
@@ -4225,6 +4225,7 @@ class Estimate:
     """The bytes of a file at any floor, from the entropy of a sample of its codes: about a million, in whole rows."""
 
     SAMPLE = 2**20
+    LARGEST_FLOOR = 2.0**10  # beyond what QUANT_FLOOR may be
 
     def __init__(self, prepared: list[Prepared], codec: str):
         matrices = [p for p in prepared if p.clips is not None]
@@ -4248,7 +4249,7 @@ class Estimate:
         """Return the least floor whose estimate is at most `wanted` bytes, to 0.01% of it; 0 where that is enough."""
         if self.bytes_at(0.0) <= wanted:
             return 0.0
-        low, high = -20.0, 10.0  # powers of 2: QUANT_FLOOR is at most 1000
+        low, high = -20.0, math.log2(self.LARGEST_FLOOR)
         while high - low > 1e-4:
             middle = (low + high) / 2
             if self.bytes_at(2.0**middle) <= wanted:
@@ -4278,8 +4279,6 @@ def log_stored(run: Run, prepared: list[Prepared], tensors: list[Stored], blob: 
         if "error" in fields:
             line += f", clip {fields['clip']:.4f}, error {fields['error']:.2%} of the weights"
         rt.log(f"stored: {family:<10} {line}")
-    if not bits:
-        return
     other = "rans"
     if is_rans:
         other = "zstd" if importlib.util.find_spec("zstandard") else "lzma"
@@ -4313,7 +4312,7 @@ def count_pruned(run: Run, weights: dict[str, Tensor], pruned: list[Prepared], q
 
 # rANS (Duda 2013): a coder that comes as near to the entropy of its tables as they are precise. Many lanes, each a
 # coder of its own, work at once. A row's codes are nearly Gaussian and rows differ in width, which zstd and LZMA do
-# not know: one table for rows of about the same width takes 1.7 to 2.9% less (records/README.md).
+# not know: one table for rows of about the same width takes 0.5 to 2.9% less (records/README.md).
 CLASSES = 8  # tables of a family
 TABLE_CODES = 4096  # that a table needs at least: one takes about 80 bytes
 RANS_BITS = 14  # a table's frequencies sum to 2^14
@@ -4831,6 +4830,8 @@ def export(run: Run) -> dict[str, Any]:
     if total > h.size_limit:
         checkpoint = h.export_only or rt.saved.get("checkpoint.bin", rt.run_dir / "checkpoint.bin")
         fix = f"set QUANT_FLOOR=auto or fewer bits, and EXPORT_ONLY={checkpoint} to go on from the trained weights"
+        if h.quant_floor == "auto":
+            fix = f"no QUANT_FLOOR makes it fit, so make the model smaller; its trained weights are {checkpoint}"
         raise UserError(f"code + model are {total:,} bytes, over SIZE_LIMIT={h.size_limit:,}: {fix}")
     return {"artifact": artifact, "quant_floor": quant_floor, "export_seconds": time.perf_counter() - start}
 
