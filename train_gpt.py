@@ -315,7 +315,9 @@ class Hyperparameters:
     gptq_reserve_seconds = AutoKnob(
         (0.0, 1e9), "seconds of MAX_WALLCLOCK_SECONDS kept for that; auto: what the preflight predicts"
     )
-    compressor = Knob("zstd", ("zstd", "lzma", "rans"), "zstd: level 22; lzma: preset 9, extreme; rans: our own")
+    compressor = Knob(
+        "zstd", ("zstd", "lzma", "rans"), "zstd: level 22; lzma: preset 9; rans: tables for rows, smallest"
+    )
     size_of_code = Knob("packed", ("packed", "raw"), "form of the script that is shipped, counted and fitted against")
     size_limit = Knob(SIZE_LIMIT_BYTES, (1, SIZE_LIMIT_BYTES), "maximum bytes of code + model")
     # scoring and adaptation
@@ -428,7 +430,6 @@ class Hyperparameters:
 
     def _check_run(self) -> None:
         """Raise UserError where settings of training, export and scoring do not fit together."""
-        tokens, length = self.train_batch_tokens, self.train_seq_len
         wrong_bits = [name.upper() for name in self.knobs() if name.endswith("_bits") and 8 < getattr(self, name) < 16]
         if self.reach > self.window:
             wide = f"EVAL_ATTN_WINDOW={self.eval_attn_window} is larger than the window of {self.window} positions"
@@ -437,8 +438,8 @@ class Hyperparameters:
             raise UserError("TTT_EPOCHS=auto is for TTT_MODE=score_first: give a number")
         if self.stride > self.window:
             raise UserError(f"EVAL_STRIDE={self.eval_stride} is larger than the window of {self.window} positions")
-        if self.first_stage in ("train", "calibrate") and tokens % length:
-            raise UserError(f"TRAIN_BATCH_TOKENS={tokens} is not a multiple of TRAIN_SEQ_LEN={length}")
+        if self.trains:
+            self.check_batch()
         if self.ttt_freeze_blocks > self.num_layers:
             raise UserError(f"TTT_FREEZE_BLOCKS={self.ttt_freeze_blocks} is more than the {self.num_layers} blocks")
         if wrong_bits:
@@ -457,6 +458,12 @@ class Hyperparameters:
             raise UserError("RESUME=1 goes on with the run that RUN_ID names: set RUN_ID, or RESUME=logs/<run>")
         if not re.fullmatch(r"(\w[\w.-]*)?", self.run_id):
             raise UserError(f"RUN_ID={self.run_id}: use letters, digits, '.', '_' and '-'")
+
+    def check_batch(self) -> None:
+        """Raise UserError if a step is not a whole number of sequences."""
+        if self.train_batch_tokens % self.train_seq_len:
+            batch = f"TRAIN_BATCH_TOKENS={self.train_batch_tokens}"
+            raise UserError(f"{batch} is not a multiple of TRAIN_SEQ_LEN={self.train_seq_len}")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -1901,6 +1908,7 @@ def equal_parts(rows: int, max_rows: int) -> int:
 
 def batch_plan(h: Hyperparameters, rt: Runtime) -> tuple[int, int]:
     """Return a rank's (sequences of a micro-batch, micro-batches of a step). Raise UserError if they do not divide."""
+    h.check_batch()  # with EXPORT_ONLY, the file has set TRAIN_SEQ_LEN since the start
     sequences = h.train_batch_tokens // h.train_seq_len
     if sequences % rt.world_size:
         step_tokens = f"{rt.world_size} x {h.train_seq_len} tokens"
@@ -3019,7 +3027,9 @@ def training_budget(h: Hyperparameters) -> float:
     reserved = sum(reserved_seconds(h, calibration) for calibration in calibrations(h))
     if reserved >= h.max_wallclock_seconds:
         cap = f"MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g}"
-        raise UserError(f"calibrations reserve {reserved:g} s, and {cap} leaves no time to train: raise it")
+        raise UserError(
+            f"calibrations reserve {reserved:g} s, and {cap} leaves no time to train: raise it, or reserve less"
+        )
     return h.max_wallclock_seconds - reserved
 
 

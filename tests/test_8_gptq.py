@@ -147,11 +147,13 @@ def test_a_gradient_that_is_not_finite_is_an_error_with_the_parameters_name(make
         sums.solve()
 
 
-def test_what_cannot_work_with_gptq_is_refused_at_the_start(tiny: Callable) -> None:
+def test_what_cannot_work_with_gptq_is_refused_at_the_start(tiny: Callable, make_run: Callable) -> None:
     with pytest.raises(t.UserError, match=r"PRUNE_FRAC=0\.3"):
         tiny(gptq_enabled=True, prune_frac=0.3)
-    with pytest.raises(t.UserError, match="not a multiple of TRAIN_SEQ_LEN"):
-        tiny(gptq_enabled=True, export_only="a.bin", train_batch_tokens=tiny().train_seq_len + 1)
+    run = make_run(gptq_enabled=True, export_only="a.bin", train_batch_tokens=1024)
+    run.h.train_seq_len = 1000  # of the file, which is read after the settings
+    with pytest.raises(t.UserError, match="TRAIN_BATCH_TOKENS=1024 is not a multiple of TRAIN_SEQ_LEN=1000"):
+        t.batch_plan(run.h, run.rt)
 
 
 class Curve:
