@@ -59,7 +59,7 @@ train: setup ## train one of the systems in records/env/ on all GPUs here: make 
 	if [ $$n = 1 ]; then $(BIN)/python train_gpt.py; \
 	else $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$$n train_gpt.py; fi
 
-fidelity: setup ## compare the four systems with the published scripts at a small size: half an hour on 2 cores
+fidelity: .venv/tools ## compare the four systems with the published scripts at a small size: half an hour on 2 cores
 	$(BIN)/python records/fidelity.py
 
 # RUN goes to the shell as it is, which takes a folder with a space in it in quotes: RUN="logs/a 'logs/b c'".

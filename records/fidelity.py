@@ -12,15 +12,14 @@ after the last step, in windows that do not overlap. Prints a table, and ends wi
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from launch import read_events, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -39,14 +38,10 @@ MARGIN = 0.02
 TOKENS_SHA256 = "4d99a40d6a4954ab160492c742416d913f209df8f8e744946a3a00784637f221"
 
 
-def read_settings(*names: str) -> dict[str, str]:
+def settings_of(*names: str) -> dict[str, str]:
     """Returns what the files records/env/<name>.env set, read in this order by a shell, as `make train` reads them."""
-    files = [ROOT / "records" / "env" / f"{name}.env" for name in names]
-    command = ["bash", "-ac", 'for f; do . "$f" || exit; done; env -0', "read", *map(str, files)]
-    done = subprocess.run(command, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=True)
-    values = dict(entry.split("=", 1) for entry in done.stdout.split("\0") if "=" in entry)
-    set_there = {name for file in files for name in re.findall(r"^(\w+)=", file.read_text(), re.M)}
-    return {name: value for name, value in values.items() if name in set_there}
+    files = [str(ROOT / "records" / "env" / f"{name}.env") for name in names]
+    return read_settings(files, {"PATH": os.environ["PATH"]})
 
 
 def fingerprint(data_path: Path, num_train: int, num_val: int) -> str:
@@ -63,12 +58,11 @@ def fingerprint(data_path: Path, num_train: int, num_val: int) -> str:
 def train(name: str, data_path: str, tokenizer_path: str) -> tuple[float, float]:
     """Trains one system and returns its raw score and the one after averaging, quantization and sliding."""
     run_id = f"fidelity-{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    settings = read_settings(name, "bench") | {"SEED": str(PUBLISHED[name][0]), "TTT_ENABLED": "0", "RUN_ID": run_id}
+    settings = settings_of(name, "bench") | {"SEED": str(PUBLISHED[name][0]), "TTT_ENABLED": "0", "RUN_ID": run_id}
     settings |= {"DATA_PATH": data_path, "TOKENIZER_PATH": tokenizer_path}
     others = {name: value for name, value in os.environ.items() if name.lower() not in Hyperparameters.knobs()}
     subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=others | settings, cwd=ROOT, check=True)
-    events = [json.loads(line) for line in (ROOT / "logs" / run_id / "metrics.jsonl").read_text().splitlines()]
-    scores = {event["stage"]: event["val_bpb"] for event in events if event["event"] == "eval"}
+    scores = {event["stage"]: event["val_bpb"] for event in read_events(ROOT / "logs" / run_id, "eval")}
     return scores["raw"], scores["sliding"]
 
 
@@ -82,7 +76,7 @@ def main(names: list[str]) -> int:
         print(f"fidelity.py: error: no shards in {data_path}: set DATA_PATH and TOKENIZER_PATH to the tokens that")
         print("records/README.md names under Fidelity")
         return 2
-    size = read_settings("bench")
+    size = settings_of("bench")
     num_train = int(size["ITERATIONS"]) * int(size["TRAIN_BATCH_TOKENS"]) + 1
     found = fingerprint(Path(data_path), num_train, int(size["MAX_VAL_TOKENS"]) + 1)
     if found != TOKENS_SHA256:

@@ -815,9 +815,18 @@ def page_html(runs: list[Run], pictures: dict[str, Picture]) -> str:
             sections[title] = figures[name] + card(rest(of))
     sections[f"Settings that are not defaults{'' if alone else ', the same in all runs'}"] = settings_html(runs)
     title = esc(runs[0].name) if alone else f"{len(runs)} runs"
+    head = notes_html(runs) + (tiles_html(runs[0]) if alone else "")
+    made = """Made by records/report.py from metrics.jsonl and final_model.bin of each run. Where a number is rounded,
+its element in the page's source has the exact value. The figures lie beside this page as PNGs."""
+    return whole_page(f"report of {'a run' if alone else 'runs'}", title, head, sections, made)
+
+
+def whole_page(of: str, title: str, head: str, sections: dict[str, str], made: str) -> str:
+    """Returns a page: what it is of, its title, what stands below that, title -> content of each section, and how it
+    was made; all as HTML. A section named Comparison takes the whole width, the others have two columns."""
     main = "".join(
-        f'<section><h2>{head}</h2><div class="{"" if head == "Comparison" else "grid"}">{inner}</div></section>'
-        for head, inner in sections.items()
+        f'<section><h2>{name}</h2><div class="{"" if name == "Comparison" else "grid"}">{inner}</div></section>'
+        for name, inner in sections.items()
     )
     light, dark = (" ".join(f"--{name}: {pair[i]};" for name, pair in COLOURS.items()) for i in (0, 1))
     return f"""<!DOCTYPE html>
@@ -833,11 +842,10 @@ def page_html(runs: list[Run], pictures: dict[str, Picture]) -> str:
 @media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}{CSS}</style>
 </head>
 <body>
-<header><p class="muted">Parameter Golf, report of {"a run" if alone else "runs"}</p><h1>{title}</h1>
-{notes_html(runs)}{tiles_html(runs[0]) if alone else ""}</header>
+<header><p class="muted">Parameter Golf, {of}</p><h1>{title}</h1>
+{head}</header>
 <main>{main}</main>
-<footer>Made by records/report.py from metrics.jsonl and final_model.bin of each run. Where a number is rounded, its
-element in the page's source has the exact value. The figures lie beside this page as PNGs.</footer>
+<footer>{made}</footer>
 </body>
 </html>
 """

@@ -7,7 +7,8 @@ A path is a run's folder, a submission's folder, or a JSON file as in one. A new
 0.005 nats at p < 0.01, so there are two one-sided tests: that the mean is lower at all, and that it is lower by more
 than 0.005 nats per token. Nats per token do not compare across tokenizers, bits per byte do: the tests are done in the
 latter, the margin converted by the candidate's own tokens. Nats per byte are bits per byte times ln 2, the same test.
-No seed is ever left out: one that is there twice, is missing or has no number is an error, and the exit status 2."""
+No seed is ever left out: one that is there twice, is missing or has no number is an error, and the exit status 2.
+Where seeds are common, there is also the paired test: two-sided, with an interval of confidence 1 - alpha."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 MARGIN = 0.005  # nats per token by which a record has to be better: the challenge's README, "Submission Process"
 ALPHA = 0.01  # and the p below which that has to be shown, from the same place
@@ -51,6 +52,18 @@ class WelchTest(NamedTuple):
     t: float | None  # None, like df and p, where no test is possible
     df: float | None
     p: float | None
+    reason: str = ""  # why there is no test
+
+
+class PairedTest(NamedTuple):
+    """Of differences by seed: their mean, sample standard deviation, confidence interval, and two-sided p."""
+
+    n: int
+    mean: float
+    std: float  # nan with one
+    low: float | None = None  # None, like high and p, where no test is possible
+    high: float | None = None
+    p: float | None = None
     reason: str = ""  # why there is no test
 
 
@@ -121,6 +134,68 @@ def seeds_needed(
     return None
 
 
+# ------------------------------------------------------------------------------------------------- paired by seed
+
+
+def paired(differences: Sequence[float], alpha: float = ALPHA) -> PairedTest:
+    """Returns the paired t-test (Student 1908) of differences between runs of common seeds: the mean with its interval
+    at confidence 1 - alpha, and the two-sided p of "there is none"."""
+    mean, std, n = summarize(differences)
+    if n < 2:
+        return PairedTest(n, mean, std, reason="one common seed shows no spread: at least 2 are needed")
+    if std == 0:
+        return PairedTest(n, mean, std, reason="the differences are all equal, as of settings without effect")
+    error = std / math.sqrt(n)
+    reach = float(stats.t.isf(alpha / 2, n - 1)) * error
+    return PairedTest(n, mean, std, mean - reach, mean + reach, float(2 * stats.t.sf(abs(mean) / error, n - 1)))
+
+
+def unpaired(candidate: Sequence[float], baseline: Sequence[float], alpha: float = ALPHA) -> PairedTest:
+    """Returns Welch's test of candidate - baseline in the same form, for runs without common seeds; std is that of a
+    difference between two runs."""
+    ours, theirs = summarize(candidate), summarize(baseline)
+    mean, std = ours.mean - theirs.mean, math.hypot(ours.std, theirs.std)
+    if min(ours.n, theirs.n) < 2 or std == 0:
+        return PairedTest(min(ours.n, theirs.n), mean, std, reason="no spread: at least 2 seeds of each are needed")
+    test = stats.ttest_ind(np.asarray(candidate, float), np.asarray(baseline, float), equal_var=False)
+    low, high = test.confidence_interval(1 - alpha)
+    return PairedTest(min(ours.n, theirs.n), mean, std, float(low), float(high), float(test.pvalue))
+
+
+def paired_power(n: int, effect: float, alpha: float = ALPHA) -> float:
+    """Returns how often the paired test of n seeds gives p < alpha, with the right sign, where the true difference is
+    effect standard deviations of the differences. Exact for normal ones (noncentral t)."""
+    return float(stats.nct.sf(stats.t.isf(alpha / 2, n - 1), n - 1, abs(effect) * math.sqrt(n)))
+
+
+def paired_seeds_needed(delta: float, std: float, alpha: float = ALPHA, power: float = POWER) -> int | None:
+    """Returns the smallest number of common seeds at which the paired test shows a difference of delta with this power,
+    std being the standard deviation of the differences. None if over MAX_SEEDS."""
+    if not finite(std, "the standard deviation") > 0:
+        raise ValueError(f"the standard deviation is {std}: it must be over 0")
+    effect = finite(delta, "the difference") / std
+    return next((n for n in range(2, MAX_SEEDS + 1) if paired_power(n, effect, alpha) >= power), None)
+
+
+def smallest_difference(n: int, std: float, alpha: float = ALPHA, power: float = POWER) -> float:
+    """Returns the difference that n common seeds would show with this power."""
+    high = 1.0
+    while paired_power(n, high, alpha) < power:
+        high *= 2
+    return std * optimize.brentq(lambda effect: paired_power(n, effect, alpha) - power, 0.0, high)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Returns the p-values adjusted for their number (Holm 1979): the chance of any false claim among all that are
+    below alpha is at most alpha."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, worst = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        worst = max(worst, min(1.0, (len(order) - rank) * p_values[index]))
+        adjusted[index] = worst
+    return adjusted
+
+
 # ------------------------------------------------------------------------------------------------------ reading scores
 
 
@@ -143,7 +218,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
-        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once, parse_constant=refuse)
+        document = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once, parse_constant=refuse)
     except (OSError, ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(document, dict):
@@ -222,6 +297,39 @@ def pool(paths: Sequence[str | Path]) -> list[Score]:
     return scores
 
 
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Returns the settings that a run says it had; none where the file is of another kind."""
+    path = Path(path)
+    settings = load(path / "submission.json" if path.is_dir() else path).get("settings")
+    own = ("run_id", "seed", "resume", "data_path", "tokenizer_path", "fallback_dir")  # of a run or a machine
+    return {n: v for n, v in settings.items() if n not in own} if isinstance(settings, dict) else {}
+
+
+def varied_settings(paths: Sequence[str | Path]) -> dict[str, list[str]]:
+    """Returns name -> values of the settings in which these runs differ, as text."""
+    known = [settings for settings in map(read_settings, paths) if settings]
+    names = sorted({name for settings in known for name in settings})
+    values = {name: sorted({json.dumps(settings.get(name)) for settings in known}) for name in names}
+    return {name: found for name, found in values.items() if len(found) > 1}
+
+
+def show_settings(candidate: Sequence[str | Path], baseline: Sequence[str | Path]) -> list[str]:
+    """Returns as lines of text in what the runs of a side differ, which they should not, and in what the sides do."""
+    lines, within = [], set()
+    for name, paths in (("candidate", candidate), ("baseline", baseline)):
+        varied = varied_settings(paths)
+        within |= varied.keys()
+        if varied:
+            told = "; ".join(f"{setting.upper()} {', '.join(values)}" for setting, values in varied.items())
+            lines.append(f"NOT one sample: the runs of the {name} differ in {told}")
+    between = {n: v for n, v in varied_settings([*candidate, *baseline]).items() if n not in within} if baseline else {}
+    if between:
+        first, second = read_settings(candidate[0]), read_settings(baseline[0])
+        told = [f"{n.upper()} {json.dumps(first.get(n))}, not {json.dumps(second.get(n))}" for n in between]
+        lines.append(f"the candidate has {'; '.join(told)}")
+    return lines
+
+
 # ---------------------------------------------------------------------------------------------------------- comparison
 
 
@@ -265,7 +373,11 @@ def compare(candidate: Sequence[Score], baseline: Sequence[Score], alpha: float 
         margins = {"margin_nats_per_token": nats, "margin_bpb": margin}
         tests.append(margins | test._asdict() | {"passes": passes, "seeds_needed": needed})
     sides = {"candidate": ours, "baseline": theirs, "same_tokens": same}
-    return {"alpha": alpha, **sides, "difference": difference, "pooled_bpb_std": std, "tests": tests}
+    by_seed_there = {score.seed: score.val_bpb for score in baseline}
+    pairs = [score.val_bpb - by_seed_there[score.seed] for score in candidate if score.seed in by_seed_there]
+    by_seeds = paired(pairs, alpha)._asdict() if len(pairs) > 1 else None
+    rest = {"difference": difference, "pooled_bpb_std": std, "tests": tests, "paired": by_seeds}
+    return {"alpha": alpha, **sides, **rest}
 
 
 def show_side(name: str, side: dict[str, Any]) -> list[str]:
@@ -279,6 +391,16 @@ def show_side(name: str, side: dict[str, Any]) -> list[str]:
             + ("no val_loss" if mean is None else f"mean {mean:.8f}  sample std {spread}")
         )
     return lines
+
+
+def show_paired(test: dict[str, Any] | None, alpha: float) -> list[str]:
+    """Returns the paired test as lines of text; none without common seeds."""
+    if test is None:
+        return []
+    told = test["reason"]
+    if test["p"] is not None:
+        told = f"{1 - alpha:.0%} interval {test['low']:+.8f} to {test['high']:+.8f}  p {test['p']:.4g}"
+    return [f"paired by the {test['n']} common seeds, two-sided: {test['mean']:+.8f}", f"    {told}"]
 
 
 def show(result: dict[str, Any]) -> list[str]:
@@ -303,6 +425,7 @@ def show(result: dict[str, Any]) -> list[str]:
             lines.append(
                 f"    seeds needed: {counts[0]} by the expected t, {counts[1]} to pass {POWER:.0%} of the time"
             )
+    lines += show_paired(result["paired"], result["alpha"])
     if result["pooled_bpb_std"]:
         lines.append("seeds needed, on each side: if the measured difference is the true one, and the true standard")
         lines.append(f"deviation {result['pooled_bpb_std']:.8f} bits per byte, as measured")
@@ -325,6 +448,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"significance.py: error: {error}", file=sys.stderr)
         return 2
     lines = show(result) if args.against else show_side("candidate", result)
+    lines += show_settings(args.paths, args.against or [])
     print(json.dumps(result, indent=2, allow_nan=False) if args.json else "\n".join(lines))
     return 0
 

@@ -23,6 +23,7 @@ from conftest import ONE_THREAD, ROOT
 
 import train_gpt as t
 
+pytest.importorskip("scipy", reason="records/fidelity.py needs scipy: pip install -r records/requirements.txt")
 sys.path.insert(0, str(ROOT / "records"))
 import fidelity  # noqa: E402
 
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("bash"), reason="a shell reads 
 
 def load(*names: str) -> t.Hyperparameters:
     """Settings of the files records/env/<name>.env, read one after the other."""
-    knobs, settings = t.Hyperparameters.knobs(), fidelity.read_settings(*names)
+    knobs, settings = t.Hyperparameters.knobs(), fidelity.settings_of(*names)
     return t.Hyperparameters(**{name.lower(): knobs[name.lower()].parse(name, settings[name]) for name in settings})
 
 
@@ -413,7 +414,7 @@ def test_settings_that_are_given_after_a_file_win_and_are_in_the_log(
     make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """PR 549's command over 977's settings reverts its learning rate, which nobody saw: here the log has it."""
-    for name, value in {**fidelity.read_settings("pr977"), "MATRIX_LR": parse(COMMAND_549)["MATRIX_LR"]}.items():
+    for name, value in {**fidelity.settings_of("pr977"), "MATRIX_LR": parse(COMMAND_549)["MATRIX_LR"]}.items():
         monkeypatch.setenv(name, value)
     h = t.Hyperparameters()
     assert (h.matrix_lr, h.ttt_lr, h.bigram_vocab_size) == (0.025, 0.002, 1536)
@@ -486,8 +487,8 @@ def test_a_system_runs_from_end_to_end_at_toy_scale_with_every_mechanism(name: s
     losses = [event["train_loss"] for event in run.events if event["event"] == "train"]
     assert losses[0] == pytest.approx(math.log(1024), abs=0.1) and losses[-1] < losses[0] - 0.5
     # Every mechanism of the system at full size is on in its toy: what differs is a size.
-    settings, full = run.result["settings"], fidelity.read_settings(name)
-    sizes = {n.lower() for n in fidelity.read_settings("toy")} | {"run_id", "device"}
+    settings, full = run.result["settings"], fidelity.settings_of(name)
+    sizes = {n.lower() for n in fidelity.settings_of("toy")} | {"run_id", "device"}
     for n, text in full.items():
         if n.lower() not in sizes:
             assert settings[n.lower()] == t.Hyperparameters.knobs()[n.lower()].parse(n, text), n

@@ -19,6 +19,7 @@ from conftest import ROOT
 pytest.importorskip("scipy", reason="records/significance.py needs scipy: pip install -r records/requirements.txt")
 sys.path.insert(0, str(ROOT / "records"))
 import significance as s  # noqa: E402
+from scipy import stats  # noqa: E402
 
 # Scores by seed, from submission.json in records/track_10min_16mb/ of github.com/openai/parameter-golf.
 PR1019 = {  # 2026-03-25_ValCalib_GPTQ_XSA_BigramHash3072
@@ -475,3 +476,66 @@ def test_input_that_is_not_usable_ends_with_status_2_and_one_line(tmp_path, caps
         with pytest.raises(SystemExit) as caught:
             s.main(arguments)
         assert caught.value.code == 2
+
+
+# ------------------------------------------------------------------------------------------------------ paired by seed
+def test_the_paired_test_is_scipys_with_its_interval():
+    ours, theirs = np.random.default_rng(0).normal(1.1, 0.001, (2, 5))
+    expected = stats.ttest_rel(ours, theirs)
+    for alpha in (0.01, 0.2):
+        test = s.paired(list(ours - theirs), alpha)
+        interval = expected.confidence_interval(1 - alpha)
+        assert test.p == pytest.approx(expected.pvalue, rel=1e-9)
+        assert (test.low, test.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    assert s.paired([0.1]).p is s.paired([0.1, 0.1]).p is None
+
+
+def test_paired_power_and_seeds_are_those_of_simulated_experiments():
+    random = np.random.default_rng(1)
+    for n, effect, alpha in ((3, 2.0, 0.05), (8, 1.0, 0.05), (12, 1.4, 0.01)):
+        samples = random.normal(effect, 1, (20_000, n))
+        t = samples.mean(1) / samples.std(1, ddof=1) * math.sqrt(n)
+        share = float((t > stats.t.isf(alpha / 2, n - 1)).mean())
+        assert s.paired_power(n, effect, alpha) == pytest.approx(share, abs=4 * 0.5 / math.sqrt(20_000))
+        needed = s.paired_seeds_needed(effect, 1.0, alpha, 0.8)
+        assert (
+            s.paired_power(needed, effect, alpha)
+            >= 0.8
+            > (s.paired_power(needed - 1, effect, alpha) if needed > 2 else 0)
+        )
+        assert s.paired_power(n, s.smallest_difference(n, 1.0, alpha, 0.8), alpha) == pytest.approx(0.8, abs=1e-6)
+    assert s.paired_seeds_needed(1e-9, 1.0) is None
+
+
+def test_holms_adjustment_is_that_of_the_textbook():
+    """Holm 1979, worked by hand: sorted p times what is left, never falling, at most 1."""
+    assert s.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert s.holm([0.9, 0.8]) == [1.0, 1.0] and s.holm([]) == []
+
+
+def test_common_seeds_are_compared_by_seed_and_settings_that_differ_are_told(tmp_path, capsys):
+    paths = {}
+    for name, rate, offset in (("a", 0.1, 0.0), ("b", 0.2, 0.01)):
+        paths[name] = []
+        for seed, noise in ((1, 0.0), (2, 0.05), (3, 0.11)):
+            bpb = 1.1 + noise + offset * (1 + seed / 10)
+            document = {
+                "seed": seed,
+                "val_bpb": bpb,
+                "val_loss": 2 * bpb,
+                "settings": {"ttt_lr": rate, "run_id": f"{seed}"},
+            }
+            paths[name].append(str(write(tmp_path / f"{name}{seed}", document)))
+    assert s.main([*paths["a"], "--against", *paths["b"]]) == 0
+    text = capsys.readouterr().out
+    assert "paired by the 3 common seeds" in text and "does not pass" in text  # Welch's test sees the seeds' spread
+    assert "the candidate has TTT_LR 0.1, not 0.2" in text and "NOT one sample" not in text
+    assert s.main([*paths["a"][:2], paths["b"][2]]) == 0
+    assert "NOT one sample: the runs of the candidate differ in TTT_LR 0.1, 0.2" in capsys.readouterr().out
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    folder = write(tmp_path, RUN)
+    path = folder / "submission.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert s.read_scores(folder)

@@ -1,0 +1,350 @@
+"""Two settings, compared honestly: common seeds, alternating on one machine, at equal steps and at equal seconds.
+
+    python records/sweep.py --compare A.env "A.env MLP_MULT=4" --seeds 1-4 -- python train_gpt.py
+
+For sweep.py. Each side is a text of words as a shell has them: files of settings, and NAME=value. For each seed there
+are runs of A, of A again, and of B, of which A again shows how far this machine repeats itself; where its first one is
+the same to the last bit, the others are left out. B is then run for as many steps as fit into the seconds of A.
+
+The same command again goes on where this one was stopped; more seeds use the runs that are there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shlex
+import signal
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import study_table
+from launch import (
+    LaunchError,
+    Process,
+    Result,
+    check_command,
+    join_settings,
+    read_artifacts,
+    read_result,
+    read_seeds,
+    t,
+)
+from significance import (
+    POWER,
+    PairedTest,
+    finite,
+    load,
+    paired,
+    paired_seeds_needed,
+    smallest_difference,
+    summarize,
+)
+
+POLL_SECONDS = 0.5
+SAME_TIME = 0.01  # steps whose seconds differ by less than this part take equally long
+UNLIMITED = {"MAX_WALLCLOCK_SECONDS": "0"}
+
+
+class Stopped(Exception):
+    """A signal has asked this process to end."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@dataclass
+class Comparison:
+    """The runs of two sides."""
+
+    name: str
+    command: list[str]
+    sides: dict[str, dict[str, str]]  # A and B -> settings of train_gpt.py
+    others: dict[str, dict[str, str]]  # A and B -> other variables that their files set
+    replicates: dict[str, dict[str, str]]  # name -> settings of a run of either side
+    steps: int | None  # None where nothing is trained
+    results: dict[str, dict[str, Result]] = field(default_factory=dict)  # arm -> replicate -> result
+    equal_seconds_steps: int | None = None
+
+    def scores(self, arm: str) -> dict[str, float]:
+        return {name: result.val_bpb for name, result in self.results.get(arm, {}).items()}
+
+    def settings(self, arm: str, replicate: str) -> dict[str, str]:
+        """Return the settings of a run of A, of A again ("again"), of B, or of B at equal seconds ("seconds")."""
+        settings = self.sides["A" if arm in ("A", "again") else "B"] | self.replicates[replicate]
+        if self.steps:
+            steps = self.equal_seconds_steps if arm == "seconds" else self.steps
+            settings |= UNLIMITED | {"ITERATIONS": str(steps)}
+        return settings
+
+    def order(self) -> list[tuple[str, str]]:
+        """Return (arm, replicate) of the runs at equal steps: the sides change places from seed to seed."""
+        order = []
+        for index, replicate in enumerate(self.replicates):
+            arms = ("A", "again", "B") if index % 2 == 0 else ("B", "A", "again")
+            order += [(arm, replicate) for arm in arms]
+        return order
+
+    @property
+    def repeats_itself(self) -> bool:
+        """Whether A again has given the same score as A, to the last bit."""
+        again = self.scores("again")
+        return bool(again) and all(self.scores("A").get(name) == score for name, score in again.items())
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Run what is missing of a comparison, write its table, and return the exit status."""
+    comparison = plan(args)
+    if args.dry_run:
+        for arm, replicate in comparison.order():
+            own = comparison.settings(arm, replicate) | {"RUN_ID": run_id(comparison, arm, replicate)}
+            print(
+                " ".join([f"{name}={shlex.quote(value)}" for name, value in own.items()] + [shlex.join(args.command)])
+            )
+        print("# then B for the steps that take as long as A's, where its steps take longer or shorter")
+        return 0
+    claims = read_claims(args.claim)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), raise_stopped)
+    try:
+        status = run_all(comparison)
+    except Stopped as stopped:
+        print(f"stopped by {stopped}: the same command goes on")
+        return 128 + stopped.number
+    if comparison.scores("A") and comparison.scores("B"):
+        text = "\n".join(table(comparison, args.alpha, claims))
+        folder = study_table.folder_of(comparison.name)
+        t.write_atomically(folder / "compare.md", text.encode())
+        t.write_atomically(folder / "compare.csv", as_csv(comparison).encode())
+        print(text)
+        print(f"wrote {folder}/compare.md, compare.csv")
+    return status
+
+
+def raise_stopped(number: int, _: Any) -> None:
+    raise Stopped(number)
+
+
+def plan(args: argparse.Namespace) -> Comparison:
+    """Return the comparison that the command line asks for. Raise LaunchError where it cannot be one."""
+    if args.words:
+        raise LaunchError(
+            f"{args.words[0]}: with --compare all settings belong to a side, in quotes: 'A.env {args.words[0]}'"
+        )
+    check_command(args.command, 0)
+    sides, others = {}, {}
+    for name, words in zip("AB", args.compare):
+        sides[name], others[name] = join_settings(shlex.split(words))
+        for knob in ("SEED", "EVAL_ONLY"):
+            if knob in sides[name]:
+                raise LaunchError(
+                    f"{knob} is of both sides: give it by {'--seeds' if knob == 'SEED' else '--from-artifact'}"
+                )
+    if sides["A"] == sides["B"]:
+        raise LaunchError(f"--compare: both sides have the same settings ({args.compare[0]}; {args.compare[1]})")
+    steps = None
+    if args.from_artifact:
+        replicates = read_artifacts(args.from_artifact)
+    else:
+        replicates = {f"seed{seed}": {"SEED": str(seed)} for seed in read_seeds(args.seeds)}
+        given = {side.get("ITERATIONS") for side in sides.values()}
+        if args.steps is None and (given == {None} or len(given) > 1):
+            raise LaunchError("equal steps: give their number by --steps, or by the same ITERATIONS on both sides")
+        steps = args.steps or int(given.pop())
+    name = args.study or "-vs-".join(short_name(words) for words in args.compare)
+    return Comparison(name, args.command, sides, others, replicates, steps)
+
+
+def short_name(words: str) -> str:
+    """Return a side's words as part of a run's name."""
+    parts = [Path(word).stem if word.endswith(".env") else word for word in shlex.split(words)]
+    return re.sub(r"[^\w.-]+", "-", "-".join(parts)) or "defaults"
+
+
+def read_claims(text: str) -> list[float]:
+    try:
+        claims = [float(part) for part in text.split(",")]
+    except ValueError:
+        claims = []
+    if not claims or not all(math.isfinite(claim) and claim > 0 for claim in claims):
+        raise LaunchError(f"--claim {text}: give differences in bits per byte, as 0.005,0.001")
+    return claims
+
+
+# =================================================== runs ============================================================
+def run_id(comparison: Comparison, arm: str, replicate: str) -> str:
+    return f"{comparison.name}-{arm}-{replicate}"
+
+
+def run_all(comparison: Comparison) -> int:
+    """Run all that is missing. Return 0, or 1 where a run failed."""
+    for arm, replicate in comparison.order():
+        is_needless = arm == "again" and comparison.repeats_itself
+        if not is_needless and not run(comparison, arm, replicate):
+            return 1
+    if not comparison.steps:
+        return 0
+    comparison.equal_seconds_steps = kept_steps(comparison)
+    if comparison.equal_seconds_steps == comparison.steps:
+        return 0
+    for replicate in comparison.replicates:
+        if not run(comparison, "seconds", replicate):
+            return 1
+    return 0
+
+
+def run(comparison: Comparison, arm: str, replicate: str) -> bool:
+    """Do a run, or find it done. Return whether it has a result."""
+    name = run_id(comparison, arm, replicate)
+    side = "A" if arm in ("A", "again") else "B"
+    settings = comparison.settings(arm, replicate)
+    output = study_table.folder_of(comparison.name) / "output" / f"{name}.txt"
+    process = Process(name, comparison.others[side] | settings, comparison.command, output, {})
+    was_there = process.is_finished()
+    if not was_there:
+        print(f"{name} begins", flush=True)
+    try:
+        while process.poll() in ("running", "busy"):
+            time.sleep(POLL_SECONDS)
+    except Stopped:
+        process.stop()
+        while process.poll() == "running":
+            time.sleep(POLL_SECONDS)
+        raise
+    if not process.is_finished():
+        print(f"{name} FAILED\n{process.last_lines()}\nthe same command goes on", flush=True)
+        return False
+    result = read_result(process.folder, settings)
+    comparison.results.setdefault(arm, {})[replicate] = result
+    told = ", was there already" if was_there else ""
+    print(f"{name} has {result.val_bpb:.5f} bits per byte{told}", flush=True)
+    return True
+
+
+def kept_steps(comparison: Comparison) -> int:
+    """Return the steps of B at equal seconds: those of the runs that are there, so that more seeds can be added."""
+    path = study_table.folder_of(comparison.name) / "equal_seconds.json"
+    if path.exists():
+        try:
+            return max(1, int(finite(load(path).get("steps"), f"steps in {path}")))
+        except ValueError as error:
+            raise LaunchError(f"{error}: remove the file, and the runs {comparison.name}-seconds-*") from None
+    steps = steps_of_equal_seconds(comparison)
+    t.write_atomically(path, json.dumps({"steps": steps}).encode())
+    return steps
+
+
+def steps_of_equal_seconds(comparison: Comparison) -> int:
+    """Return how many steps of B take the seconds of A's training, calibrations with them; A's number where B's steps
+    take as long as A's."""
+    seconds = {}
+    for arm in ("A", "B"):
+        results = comparison.results[arm].values()
+        calibration = statistics.median(result.calibration_seconds for result in results)
+        step = statistics.median((r.train_seconds - r.calibration_seconds) / r.steps for r in results)
+        seconds[arm] = (calibration, step)
+    budget = seconds["A"][0] + comparison.steps * seconds["A"][1]
+    steps = max(1, round((budget - seconds["B"][0]) / seconds["B"][1]))
+    return comparison.steps if abs(steps / comparison.steps - 1) < SAME_TIME else steps
+
+
+# =================================================== table ===========================================================
+def differences(comparison: Comparison, candidate: str, baseline: str) -> list[float]:
+    """Return the differences by replicate of two arms."""
+    ours, theirs = comparison.scores(candidate), comparison.scores(baseline)
+    return [ours[name] - theirs[name] for name in ours if name in theirs]
+
+
+def table(comparison: Comparison, alpha: float, claims: Sequence[float]) -> list[str]:
+    """Return the comparison as lines of Markdown."""
+    tests = {"A again - A": paired(differences(comparison, "again", "A"), alpha)} if comparison.scores("again") else {}
+    at = f" at {comparison.steps:,} steps each" if comparison.steps else ""
+    tests[f"B - A{at}"] = paired(differences(comparison, "B", "A"), alpha)
+    if comparison.scores("seconds"):
+        tests[f"B - A at equal seconds: {comparison.equal_seconds_steps:,} steps of B"] = paired(
+            differences(comparison, "seconds", "A"), alpha
+        )
+    head = ["bits per byte", "seeds", "difference", f"{1 - alpha:.0%} interval", "p"]
+    rows = [row_of(name, test) for name, test in tests.items()]
+    lines = [f"**{comparison.name}**", ""]
+    lines += [f"{side}: {settings}  " for side, settings in different_settings(comparison).items()]
+    lines += ["", *study_table.markdown(head, rows), "", *seed_table(comparison), ""]
+    return [*lines, *notes(comparison, tests[f"B - A{at}"], alpha, claims)]
+
+
+def row_of(name: str, test: PairedTest) -> list[str]:
+    """Return a row of the table."""
+    if test.p is None:
+        reason = "the same to the last bit" if test.mean == 0 else test.reason
+        return [name, str(test.n), f"{test.mean:+.5f}", reason, ""]
+    return [name, str(test.n), f"{test.mean:+.5f}", f"{test.low:+.5f} to {test.high:+.5f}", f"{test.p:.2g}"]
+
+
+def seed_table(comparison: Comparison) -> list[str]:
+    """Return the scores and seconds of each run, as lines of Markdown."""
+    names = {"A": "A", "again": "A again", "B": "B", "seconds": "B, equal seconds"}
+    arms = [arm for arm in names if comparison.scores(arm)]
+    head = ["", *(names[arm] for arm in arms), *(f"seconds of {names[arm]}" for arm in arms if arm != "again")]
+    rows = []
+    for replicate in comparison.replicates:
+        results = {arm: comparison.results[arm].get(replicate) for arm in arms}
+        row = [replicate, *(f"{r.val_bpb:.5f}" if r else "" for r in results.values())]
+        timed = [result for arm, result in results.items() if arm != "again"]
+        rows.append([*row, *(f"{(r.train_seconds or r.eval_seconds):.1f}" if r else "" for r in timed)])
+    return study_table.markdown(head, rows)
+
+
+def different_settings(comparison: Comparison) -> dict[str, str]:
+    """Return A and B -> the settings in which they differ, with defaults where one does not set them."""
+    knobs = t.Hyperparameters.knobs()
+    sides = comparison.sides
+    names = sorted(sides["A"].keys() | sides["B"].keys())
+    names = [name for name in names if sides["A"].get(name) != sides["B"].get(name)]
+    return {
+        side: " ".join(f"{name}={settings.get(name, knobs[name.lower()].default)}" for name in names)
+        for side, settings in sides.items()
+    }
+
+
+def notes(comparison: Comparison, test: PairedTest, alpha: float, claims: Sequence[float]) -> list[str]:
+    """Return the noise, what the comparison could show, and what differs that should not."""
+    lines = []
+    if comparison.repeats_itself:
+        lines.append("A again is the same as A to the last bit: this machine adds no noise of its own, seeds do.")
+    spread = summarize(list(comparison.scores("A").values()))
+    if spread.n > 1:
+        lines.append(f"Noise: A has a standard deviation of {spread.std:.5f} over {spread.n} seeds, the differences ")
+        lines[-1] += f"one of {test.std:.5f}."
+    if test.std and not math.isnan(test.std):
+        shown = smallest_difference(test.n, test.std, alpha)
+        lines.append(f"{test.n} seeds would show a difference of {shown:.5f} {POWER:.0%} of the time (p < {alpha}).")
+        needed = {f"{claim:g}": paired_seeds_needed(claim, test.std, alpha) for claim in claims}
+        needed |= (
+            {f"{abs(test.mean):.5f}, as measured": paired_seeds_needed(test.mean, test.std, alpha)} if test.mean else {}
+        )
+        texts = [f"{count or 'over 1000'} for {claim}" for claim, count in needed.items()]
+        lines.append(f"Seeds needed for that: {'; '.join(texts)}.")
+    everything = [result for results in comparison.results.values() for result in results.values()]
+    for name, what in (("code_sha256", "scripts"), ("machine", "machines")):
+        found = sorted({getattr(result, name) for result in everything})
+        if len(found) > 1:
+            lines.append(f"NOT COMPARABLE without care: these runs are of {len(found)} {what}: {'; '.join(found)}")
+    lines.append(f"Machine: {everything[0].machine}")
+    return lines
+
+
+def as_csv(comparison: Comparison) -> str:
+    """Return a row for each run, numbers in full."""
+    rows = [
+        [arm, replicate, *result]
+        for arm, results in comparison.results.items()
+        for replicate, result in results.items()
+    ]
+    return study_table.as_csv(["arm", "replicate", *Result._fields], rows)

@@ -1,0 +1,826 @@
+"""Studies of many runs: nothing is lost or run twice, means are those of the runs, and noise is no difference.
+
+Most tests sweep a stand-in that takes a fraction of a second and keeps the manners of train_gpt.py: its folder, lock,
+log and results, SIGTERM and RESUME. Those under "the script itself" sweep train_gpt.py."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import AUDITED, ROOT, shell
+from test_records_report import browser, look  # noqa: F401
+
+for package in ("optuna", "scipy", "matplotlib"):
+    pytest.importorskip(package, reason=f"records/sweep.py needs {package}: pip install -r records/requirements.txt")
+sys.path.insert(0, str(ROOT / "records"))
+import launch  # noqa: E402
+import optuna  # noqa: E402
+import paired_runs  # noqa: E402
+import study_table  # noqa: E402
+import sweep  # noqa: E402
+
+SWEEP = ROOT / "records" / "sweep.py"
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SECONDS = 120  # within which any study here ends
+# loss(step) falls towards a value that depends on MATRIX_LR, best at 0.03; a seed adds its own noise.
+STAND_IN = """
+import fcntl, json, os, pathlib, random, signal, sys, time
+e = os.environ
+folder = pathlib.Path("logs") / e["RUN_ID"]
+if folder.exists() and e.get("RESUME") != "1":
+    sys.exit(f"{folder} exists already")
+folder.mkdir(parents=True, exist_ok=True)
+log = (folder / "train.log").open("a")
+fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+with open("starts.txt", "a") as starts:
+    starts.write(json.dumps({n: e.get(n, "") for n in ("RUN_ID", "RESUME", "CUDA_VISIBLE_DEVICES", "PET_MASTER_PORT",
+                                                      "OMP_NUM_THREADS", "EVAL_ONLY")}) + "\\n")
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+rate, seed, steps = float(e["MATRIX_LR"]), int(e.get("SEED", 0)), int(e.get("ITERATIONS", 10))
+if e["MATRIX_LR"] == e.get("BROKEN_RATE"):
+    sys.exit("the rate is broken")
+state = folder / "state"
+first = int(state.read_text()) if state.exists() else 0
+floor = 2 + 10 * abs(rate - 0.03) + random.Random(f"{rate} {seed}").gauss(0, 0.001)
+with (folder / "metrics.jsonl").open("a") as events:
+    for step in range(first + 1, steps + 1):
+        time.sleep(float(e.get("STEP_SECONDS", 0)))
+        print(json.dumps({"event": "train", "step": step, "train_loss": floor + 4 / step}), file=events, flush=True)
+        state.write_text(str(step))
+        if asked:
+            sys.exit(143)
+bpb = floor + 4 / steps
+result = {"val_bpb": bpb, "val_loss": 2 * bpb, "seed": seed, "steps": steps, "eval_seconds": 1.0, "bytes_total": 1000,
+          "train_seconds": steps * float(e.get("CLAIMED_SECONDS", 1)), "calibration_seconds": 0.0,
+          "code_sha256": "0" * 64, "machine": "stand-in",
+          "settings": {"matrix_lr": rate, "seed": seed, "iterations": steps}}
+part = folder / "submission.json.part"
+part.write_text(json.dumps(result))
+part.rename(folder / "submission.json")
+"""
+
+
+class Sweeps:
+    """Sweepers in one folder, on the stand-in: `run` works in this process, `start` begins another."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+        self.folder = folder
+        self.monkeypatch = monkeypatch
+        self.capsys = capsys
+        self.started: list[subprocess.Popen] = []
+        self.environment = dict(os.environ)
+        script = folder / "stand_in.py"
+        script.write_text(STAND_IN)
+        self.command = [sys.executable, str(script)]
+
+    def words(self, words: tuple[str, ...], command: list[str] | None = None, heartbeat: int = 1) -> list[str]:
+        return [*words, f"--heartbeat={heartbeat}", "--study", "s", "--", *(command or self.command)]
+
+    def start(self, *words: str, environment: dict[str, object] | None = None, **options: object) -> subprocess.Popen:
+        """Begins a sweeper as a process of its own."""
+        process = subprocess.Popen(
+            [sys.executable, str(SWEEP), *self.words(words, **options)], cwd=self.folder, text=True,
+            env=self.environment | as_texts(environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.started.append(process)
+        return process
+
+    def run(self, *words: str, status: int = 0, environment: dict[str, object] | None = None, **options: object) -> str:
+        """Runs a sweep to its end, and returns what it printed."""
+        handlers = {number: signal.getsignal(number) for number in STOPPING}
+        self.capsys.readouterr()
+        alarm = threading.Timer(SECONDS, os.kill, (os.getpid(), signal.SIGTERM))  # which a sweep takes for its end
+        alarm.start()
+        with self.monkeypatch.context() as patch:
+            patch.chdir(self.folder)
+            patch.setattr(sweep, "POLL_SECONDS", 0.02)
+            patch.setattr(sweep, "IDLE_SECONDS", 0.1)
+            patch.setattr(paired_runs, "POLL_SECONDS", 0.02)
+            for name in set(os.environ) - set(self.environment):
+                patch.delenv(name)
+            for name, value in (self.environment | as_texts(environment)).items():
+                patch.setenv(name, value)
+            found = sweep.main(self.words(words, **options))
+        alarm.cancel()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        captured = self.capsys.readouterr()
+        assert found == status, captured.out + captured.err
+        return captured.out + captured.err
+
+    def end(self) -> None:
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+    def wait_until(self, condition: Callable[[], object], what: str) -> None:
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            for process in self.started:
+                assert process.poll() in (None, 0, -signal.SIGKILL), process.communicate()[0]
+            assert time.monotonic() < deadline, f"not within {SECONDS} s: {what}"
+            time.sleep(0.02)
+
+    def starts(self) -> list[dict[str, str]]:
+        """The variables of each start of a run, in order."""
+        path = self.folder / "starts.txt"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def rows(self, study: str = "s", name: str = "table.csv") -> list[dict[str, str]]:
+        """The rows of a CSV of a study."""
+        return list(csv.DictReader((self.folder / "logs" / "sweeps" / study / name).open()))
+
+    def trials(self, study: str = "s") -> list[optuna.trial.FrozenTrial]:
+        storage = sweep.open_storage(f"sqlite:///{self.folder}/logs/sweeps.db", 1)
+        return sweep.current_trials(sweep.load_study(study, storage))
+
+    def recomputed(self, study: str = "s") -> dict[str, float]:
+        """Trial -> mean over its runs, from their submission.json alone."""
+        scores: dict[str, list[float]] = {}
+        for path in self.folder.glob(f"logs/{study}-*/submission.json"):
+            number = path.parent.name.removeprefix(f"{study}-").split("-")[0]
+            scores.setdefault(number, []).append(json.loads(path.read_text())["val_bpb"])
+        return {number: pytest.approx(sum(own) / len(own), rel=1e-14) for number, own in scores.items()}
+
+
+def as_texts(environment: dict[str, object] | None) -> dict[str, str]:
+    return {name: str(value) for name, value in (environment or {}).items()}
+
+
+@pytest.fixture
+def sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Sweeps]:
+    own = Sweeps(tmp_path, monkeypatch, capsys)
+    yield own
+    own.end()
+
+
+def means(rows: list[dict[str, str]]) -> dict[str, float]:
+    return {row["trial"]: float(row["bits per byte"]) for row in rows}
+
+
+# ------------------------------------------------------------------------------------------- words of the command line
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("TTT_EPOCHS=1,3,10", ["1", "3", "10"]),
+        ("TTT_EPOCHS=auto,3", ["auto", "3"]),
+        ("MATRIX_LR=0.001..0.1:log", sweep.Range(0.001, 0.1, True, False)),
+        ("MATRIX_LR=0..1", sweep.Range(0.0, 1.0, False, False)),
+        ("NUM_LAYERS=4..11", sweep.Range(4, 11, False, True)),
+        ("MATRIX_LR=0.001..0.1:log:3", ["0.001", "0.01", "0.1"]),
+        ("MATRIX_LR=1e-3..3e-3:5", ["0.001", "0.0015", "0.002", "0.0025", "0.003"]),
+        ("NUM_LAYERS=4..6:9", ["4", "5", "6"]),
+        ("LOADER=shuffled,sequential", ["shuffled", "sequential"]),
+    ],
+)
+def test_a_word_is_a_list_or_a_range(word, expected):
+    assert sweep.parse_dimension(*word.split("=")) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["MATRX_LR=1,2"], "did you mean MATRIX_LR"),
+        (["MATRIX_LR=1,two"], "two"),
+        (["MATRIX_LR=1,11"], "11"),
+        (["MATRIX_LR=0.1,0.1"], "twice"),
+        (["MATRIX_LR=0.1..0.1"], "low..high"),
+        (["MATRIX_LR=0..1:log"], "above 0"),
+        (["MATRIX_LR=0.1..1:1"], "at least 2"),
+        (["VE_LAYERS=-2,-1"], "FILE.env"),
+        (["SEED=1,1"], "twice"),
+        (["SEED=x"], "seeds x"),
+        (["MATRIX_LR=0.1,0.2", "MATRIX_LR=0.3,0.4"], "given twice"),
+        (["MATRIX_LR=0.1,0.2", "MATRIX_LR=0.3"], "varied"),
+        (["nonsense"], "nonsense is neither"),
+        (["none.env"], "none.env is not there"),
+        (["ITERATION=3"], "did you mean ITERATIONS"),
+        (["ITERATIONS=many"], "ITERATIONS=many"),
+    ],
+)
+def test_words_that_are_not_usable_are_refused_with_the_reason(words, told):
+    with pytest.raises(launch.LaunchError, match=told):
+        sweep.read_space(words, [])
+
+
+def test_a_setting_of_the_shell_is_fixed_and_must_not_be_set_again(monkeypatch):
+    monkeypatch.setenv("ITERATIONS", "7")
+    assert sweep.read_space(["MATRIX_LR=0.1,0.2"], []).fixed == {"ITERATIONS": "7"}
+    for words in (["ITERATIONS=8"], ["ITERATIONS=8,9"]):
+        with pytest.raises(launch.LaunchError, match="ITERATIONS"):
+            sweep.read_space(words, [])
+
+
+def test_the_seeds_are_replicates_and_no_dimension():
+    space = sweep.read_space(["MATRIX_LR=0.1,0.2", "SEED=1-3,7"], [])
+    assert list(space.dimensions) == ["MATRIX_LR"] and len(space.grid()) == 2
+    assert list(space.replicates) == ["seed1", "seed2", "seed3", "seed7"]
+    assert sweep.read_space(["SEED=5"], []).replicates == {"seed5": {"SEED": "5"}}
+    assert sweep.read_space([], []).replicates == {"seed1337": {"SEED": "1337"}}
+
+
+def test_files_of_settings_are_read_as_a_shell_reads_them_one_after_the_other(tmp_path):
+    (tmp_path / "a b.env").write_text("ITERATIONS=10\nMATRIX_LR=0.5  # a comment\nNOT_OURS=x\n")
+    (tmp_path / "c.env").write_text("WARMDOWN_ITERS=$((ITERATIONS / 2))\nMATRIX_LR=${MATRIX_LR:+0.25}\n")
+    found = launch.read_settings(
+        [f"{tmp_path}/a b.env", "ITERATIONS=30", f"{tmp_path}/c.env"], {"PATH": os.environ["PATH"]}
+    )
+    assert found == {"ITERATIONS": "30", "WARMDOWN_ITERS": "15", "MATRIX_LR": "0.25", "NOT_OURS": "x"}
+    for content in (b"\xef\xbb\xbfITERATIONS=1\n", b"ITERATIONS=1\r\n"):
+        (tmp_path / "w.env").write_bytes(content)
+        with pytest.raises(launch.LaunchError, match="sed -i"):
+            launch.read_settings([f"{tmp_path}/w.env"])
+    (tmp_path / "broken.env").write_text("ITERATIONS=$((\n")
+    with pytest.raises(launch.LaunchError, match=r"broken\.env cannot be read"):
+        launch.read_settings([f"{tmp_path}/broken.env"])
+
+
+def test_every_file_of_settings_in_the_project_can_be_swept():
+    for path in (ROOT / "records" / "env").glob("*.env"):
+        space = sweep.read_space([str(path), "MATRIX_LR=0.1,0.2", "SEED=1,2"], [])
+        assert space.fixed and not {"MATRIX_LR", "SEED"} & space.fixed.keys()  # what is varied overrules the file
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--sampler", "grid", "MATRIX_LR=0.1..0.2"], "number of points of MATRIX_LR"),
+        (["--trials", "5", "MATRIX_LR=0.1,0.2"], "--sampler random"),
+        (["--halving", "0", "MATRIX_LR=0.1,0.2"], "500:3"),
+        (["--halving", "10:1", "MATRIX_LR=0.1,0.2"], "500:3"),
+        (["--halving", "10", "EVAL_ONLY=x", "MATRIX_LR=0.1,0.2"], "do not train"),
+        (["--from-artifact", "nowhere", "TTT_LR=0.1,0.2"], "nowhere is not there"),
+        (["--storage", "oracle+nothing://x", "MATRIX_LR=0.1,0.2"], "cannot be used"),
+        (["--gpus-per-trial", "99", "MATRIX_LR=0.1,0.2"], "GPUs are visible"),
+    ],
+)
+def test_options_that_do_not_fit_end_with_status_2_and_one_line(words, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert sweep.main(["--study", "s", *words, "--", sys.executable]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1 and error.startswith("sweep.py: error: ")
+
+
+def test_a_command_that_is_not_there_or_starts_too_many_processes_is_refused():
+    for command, gpus, told in (
+        ([], 0, "missing"),
+        (["no-such-program"], 0, "not there"),
+        ([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=8", "x.py"], 2, "--nproc_per_node=2"),
+        ([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "8", "x.py"], 2, "--gpus-per-trial 8"),
+    ):
+        with pytest.raises(launch.LaunchError, match=told):
+            launch.check_command(command, gpus)
+
+
+def test_the_password_of_a_database_is_never_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep.time, "sleep", lambda _: None)
+    url = "postgresql+psycopg://me:secret@127.0.0.1:1/golf"
+    assert sweep.main(["--study", "s", "--storage", url, "MATRIX_LR=0.1,0.2", "--", sys.executable]) == 2
+    error = capsys.readouterr().err
+    assert "127.0.0.1" in error and "secret" not in error and error.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- studies
+def test_the_value_of_a_configuration_is_the_mean_over_its_seeds(sweeps):
+    out = sweeps.run("MATRIX_LR=0.01,0.03,0.1", "SEED=1,2,3")
+    assert means(sweeps.rows()) == sweeps.recomputed()
+    assert Counter(start["RUN_ID"] for start in sweeps.starts()) == Counter(
+        f"s-{number:04d}-seed{seed}" for number in range(3) for seed in (1, 2, 3)
+    )
+    best = sweeps.rows()[0]
+    assert best["MATRIX_LR"] == "0.03" and best["verdict"] == "best so far"
+    assert [row["verdict"] for row in sweeps.rows()[1:]] == ["worse", "worse"]  # the noise of a seed is in all three
+    scores = [json.loads(path.read_text())["val_bpb"] for path in sweeps.folder.glob("logs/s-0001-*/submission.json")]
+    assert float(best["std"]) == pytest.approx(statistics.stdev(scores), rel=1e-12)
+    assert len(sweeps.rows(name="runs.csv")) == 9 and "| 0001" in out.replace("|  ", "| ")
+    before = sweeps.starts()
+    assert "best so far" in sweeps.run("MATRIX_LR=0.01,0.03,0.1", "SEED=1,2,3")  # the same command again
+    assert sweeps.starts() == before
+
+
+def test_a_killed_sweeper_loses_no_trial_and_two_share_them(sweeps):
+    words = ("MATRIX_LR=0.01..0.08:8", "SEED=1,2")
+    slow = {"STEP_SECONDS": 0.05}
+    victim = sweeps.start(*words, environment=slow)
+    sweeps.wait_until(lambda: len(sweeps.starts()) >= 2, "the second run begins")
+    time.sleep(0.2)
+    victim.kill()
+    killed = sweeps.starts()[-1]["RUN_ID"]
+    first = sweeps.start(*words, environment=slow)
+    sweeps.run(*words, environment=slow)
+    text, _ = first.communicate(timeout=SECONDS)
+    assert first.returncode == 0, text
+    assert means(sweeps.rows()) == sweeps.recomputed() and len(sweeps.recomputed()) == 8
+    counts = Counter(start["RUN_ID"] for start in sweeps.starts())
+    assert len(counts) == 16 and all(count == 1 for name, count in counts.items() if name != killed), counts
+    steps = [json.loads(line)["step"] for line in (sweeps.folder / "logs" / killed / "metrics.jsonl").open()]
+    assert steps == list(range(1, 11))  # it went on where it was: no step was done twice
+    assert all(trial.state.name == "COMPLETE" for trial in sweeps.trials())
+
+
+def test_a_run_whose_sweeper_was_killed_is_ended_with_it(sweeps):
+    victim = sweeps.start("MATRIX_LR=0.01,0.02", environment={"STEP_SECONDS": 0.2})
+    sweeps.wait_until(lambda: list(sweeps.folder.glob("logs/s-*/state")), "a run has begun")
+    folder = next(sweeps.folder.glob("logs/s-*/state")).parent
+    victim.kill()
+    process = launch.Process(folder.name, {}, [], Path("none"), {})
+    process.folder = folder
+    sweeps.wait_until(lambda: not process._is_busy(), "the run has ended")
+    assert not process.is_finished()
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_stopped_sweep_puts_its_trial_back_and_goes_on(sweeps, number):
+    words = ("MATRIX_LR=0.01,0.02", "SEED=1,2")
+    process = sweeps.start(*words, environment={"STEP_SECONDS": 0.1}, heartbeat=1000)
+    sweeps.wait_until(lambda: list(sweeps.folder.glob("logs/s-*/state")), "a run has begun")
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 128 + number and "put back into the queue" in out, out
+    sweeps.run(*words)
+    assert means(sweeps.rows()) == sweeps.recomputed() and len(sweeps.recomputed()) == 2
+    counts = Counter(start["RUN_ID"] for start in sweeps.starts())
+    assert sorted(counts.values()) == [1, 1, 1, 2]
+    assert [start["RUN_ID"] for start in sweeps.starts() if start["RESUME"] == "1"] == [counts.most_common(1)[0][0]]
+
+
+def test_a_failed_trial_is_recorded_with_its_last_lines_and_can_be_tried_again(sweeps):
+    words = ("MATRIX_LR=0.01,0.02,0.03", "SEED=1,2")
+    out = sweeps.run(*words, status=1, environment={"BROKEN_RATE": "0.02"})
+    assert "the rate is broken" in out and out.count("FAILED") == 1
+    assert sorted(means(sweeps.rows())) == ["0000", "0002"]
+    failed = next(trial for trial in sweeps.trials() if trial.state.name == "FAIL")
+    assert "the rate is broken" in failed.user_attrs["error"] and "status 1" in failed.user_attrs["error"]
+    assert "the rate is broken" in sweeps.run(*words, status=1)  # nothing is tried again unless asked
+    sweeps.run(*words, "--retry-failed")
+    assert means(sweeps.rows()) == sweeps.recomputed() and len(sweeps.rows()) == 3
+
+
+def test_a_sweep_in_which_everything_fails_ends_early(sweeps):
+    out = sweeps.run("MATRIX_LR=0.01..0.09:9", status=1, command=[sys.executable, "-c", "raise SystemExit('no data')"])
+    assert out.count("FAILED") == sweep.FAILURES and "all failed" in out and "no data" in out
+
+
+def test_halving_stops_the_trials_that_are_worse_at_its_steps(sweeps):
+    rates = "0.03,0.1,0.09,0.031,0.2,0.3,0.0302,0.5,0.0301"
+    out = sweeps.run(f"MATRIX_LR={rates}", "--halving", "3:3", "ITERATIONS=30", environment={"STEP_SECONDS": 0.03})
+    states = {trial.user_attrs["values"]["MATRIX_LR"]: trial.state.name for trial in sweeps.trials()}
+    assert states["0.03"] == "COMPLETE" and states["0.5"] == states["0.3"] == "PRUNED"
+    stopped = [rate for rate, state in states.items() if state == "PRUNED"]
+    assert len(stopped) >= 5 and out.count("stopped: others were better") == len(stopped)
+    for trial in sweeps.trials():
+        folder = next(sweeps.folder.glob(f"logs/s-{trial.number:04d}-*"))
+        losses = {e["step"]: e["train_loss"] for e in map(json.loads, (folder / "metrics.jsonl").open())}
+        assert (max(losses) < 30) == (trial.state.name == "PRUNED")
+        for step, value in trial.intermediate_values.items():
+            assert step in (3, 9, 27)
+            window = [losses[n] for n in losses if n <= step][-sweep.LOSSES_A_RUNG :]
+            assert value == pytest.approx(statistics.mean(window), rel=1e-12)
+    assert means(sweeps.rows()) == {
+        number: mean for number, mean in sweeps.recomputed().items() if number in means(sweeps.rows())
+    }
+
+
+def test_tpe_draws_from_the_ranges_and_more_trials_go_on_with_a_study(sweeps):
+    words = ("MATRIX_LR=0.001..1:log", "NUM_LAYERS=2..4", "SEED=1,2")
+    sweeps.run(*words, "--trials", "4")
+    drawn = [trial.user_attrs["values"] for trial in sweeps.trials()]
+    assert len(drawn) == 4 and all(0.001 <= float(v["MATRIX_LR"]) <= 1 and v["NUM_LAYERS"] in "234" for v in drawn)
+    sweeps.run(*words, "--trials", "6")
+    assert [trial.user_attrs["values"] for trial in sweeps.trials()][:4] == drawn and len(sweeps.trials()) == 6
+    assert means(sweeps.rows()) == sweeps.recomputed() and len(sweeps.rows()) == 6
+
+
+def test_random_takes_points_of_a_grid_without_repetition(sweeps):
+    sweeps.run("MATRIX_LR=0.01,0.02,0.03", "NUM_LAYERS=2,3", "--sampler", "random", "--trials", "5")
+    drawn = [tuple(trial.user_attrs["values"].values()) for trial in sweeps.trials()]
+    assert len(set(drawn)) == 5
+
+
+def test_the_gpus_are_divided_and_each_place_has_its_own_port_and_name(sweeps):
+    environment = {"CUDA_VISIBLE_DEVICES": "4,5,6,7,8", "STEP_SECONDS": 0.05}
+    environment |= {name: "" for name in ("OMP_NUM_THREADS",)}
+    command = [*sweeps.command, "torchrun"]
+    out = sweeps.run("MATRIX_LR=0.01..0.06:6", "--gpus-per-trial", "2", environment=environment, command=command)
+    starts = sweeps.starts()
+    assert "2 at a time" in out and {start["CUDA_VISIBLE_DEVICES"] for start in starts} == {"4,5", "6,7"}
+    assert len({start["RUN_ID"] for start in starts}) == 6 and len({start["PET_MASTER_PORT"] for start in starts}) == 6
+    assert means(sweeps.rows()) == sweeps.recomputed()
+
+
+def test_the_commands_of_a_dry_run_are_those_that_run(sweeps):
+    out = sweeps.run("MATRIX_LR=0.01,0.02", "SEED=1,2", "ITERATIONS=5", "--dry-run")
+    assert not (sweeps.folder / "logs").exists()
+    commands = out.splitlines()
+    assert len(commands) == 4
+    for line in commands:
+        subprocess.run(["bash", "-c", line], cwd=sweeps.folder, check=True)
+    printed = sweeps.recomputed()
+    shutil.rmtree(sweeps.folder / "logs")
+    sweeps.run("MATRIX_LR=0.01,0.02", "SEED=1,2", "ITERATIONS=5")
+    assert sweeps.recomputed() == printed
+
+
+def test_a_study_goes_on_with_the_same_words_only(sweeps):
+    sweeps.run("MATRIX_LR=0.01,0.02", "ITERATIONS=5")
+    for words in (("MATRIX_LR=0.01,0.03", "ITERATIONS=5"), ("MATRIX_LR=0.01,0.02", "ITERATIONS=6")):
+        assert "was begun otherwise" in sweeps.run(*words, status=2)
+    assert "replicates was seed1337, is seed1,seed2" in sweeps.run(
+        "MATRIX_LR=0.01,0.02", "ITERATIONS=5", "SEED=1,2", status=2
+    )
+    assert len(sweeps.starts()) == 2
+
+
+def test_runs_of_another_study_are_not_taken_for_results(sweeps):
+    sweeps.run("MATRIX_LR=0.01,0.02")
+    (sweeps.folder / "logs" / "sweeps.db").unlink()
+    assert "logs/s-0000-seed1337 is of an earlier study" in sweeps.run("MATRIX_LR=0.01,0.02", status=2)
+    shutil.move(sweeps.folder / "logs" / "s-0001-seed1337", sweeps.folder / "logs" / "t-0000-seed1337")
+    with pytest.raises(launch.LaunchError, match="MATRIX_LR=0.02, not 0.01"):
+        launch.read_result(sweeps.folder / "logs" / "t-0000-seed1337", {"MATRIX_LR": "0.01"})
+
+
+def test_a_study_that_its_creator_left_half_made_is_completed(sweeps, monkeypatch):
+    (sweeps.folder / "logs").mkdir()
+    study = optuna.create_study(
+        study_name="s", storage=sweep.open_storage(f"sqlite:///{sweeps.folder}/logs/sweeps.db", 1)
+    )
+    study.enqueue_trial({"MATRIX_LR": "0.02"})
+    monkeypatch.setattr(sweep, "SETUP_SECONDS", 0.1)
+    sweeps.run("MATRIX_LR=0.01,0.02,0.03")
+    assert sorted(row["MATRIX_LR"] for row in sweeps.rows()) == ["0.01", "0.02", "0.03"]
+
+
+def test_a_trial_whose_sweeper_died_while_it_put_it_back_is_run_by_another(sweeps, monkeypatch):
+    monkeypatch.setattr(sweep, "SETUP_SECONDS", 0.1)
+    (sweeps.folder / "logs").mkdir()
+    study = optuna.create_study(
+        study_name="s", storage=sweep.open_storage(f"sqlite:///{sweeps.folder}/logs/sweeps.db", 1)
+    )
+    for rate in ("0.01", "0.02"):
+        study.enqueue_trial({"MATRIX_LR": rate})
+    study.tell(study.ask(), state=optuna.trial.TrialState.FAIL)  # and not queued again
+    abandoned = study.ask()  # and this one has not even a heartbeat
+    assert not study.get_trials(states=(optuna.trial.TrialState.WAITING,))
+    sweeps.run("MATRIX_LR=0.01,0.02")
+    assert abandoned.number == 1 and len(sweeps.rows()) == 2 and means(sweeps.rows()) == sweeps.recomputed()
+
+
+CLAIM = """
+import sys, warnings
+sys.path.insert(0, sys.argv[1])
+import optuna, sweep
+warnings.simplefilter("ignore")
+storage = sweep.open_storage("sqlite:///claims.db", 60)
+study = sweep.load_study("s", storage)
+while study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)):
+    print(study.ask().number)
+"""
+
+
+def test_no_trial_is_taken_twice_from_one_sqlite_file(tmp_path):
+    study = optuna.create_study(study_name="s", storage=sweep.open_storage(f"sqlite:///{tmp_path}/claims.db", 60))
+    for index in range(80):
+        study.enqueue_trial({"index": index})
+    takers = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLAIM, str(ROOT / "records")], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(4)
+    ]
+    taken = [int(number) for taker in takers for number in taker.communicate(timeout=SECONDS)[0].split()]
+    assert all(taker.returncode == 0 for taker in takers)
+    assert max(Counter(taken).values()) == 1 and set(range(80)) <= set(taken)
+
+
+# ---------------------------------------------------------------------------------------------------------- PostgreSQL
+@pytest.fixture
+def postgres() -> Iterator[str]:
+    """The address of a database of a PostgreSQL server of this test's own."""
+    pytest.importorskip("psycopg", reason="psycopg is missing: pip install -r tests/requirements.txt")
+    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    found = str(binaries[-1]) if binaries else shutil.which("initdb")
+    if not found:
+        pytest.skip("PostgreSQL is not installed: on Debian the package postgresql")
+    as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.geteuid() == 0 else []
+    if as_user and subprocess.run([*as_user, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
+    folder = Path(tempfile.mkdtemp(prefix="golf-postgres-"))
+    if as_user:
+        shutil.chown(folder, "postgres")
+    binary = Path(found).resolve().parent
+    port = launch.free_port()
+    data = str(folder / "data")
+    control = [*as_user, str(binary / "pg_ctl"), "-D", data, "-w"]
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
+    subprocess.run([*as_user, found, "-D", data, "-A", "trust", "-U", "golf"], check=True, capture_output=True, cwd="/")
+    subprocess.run(
+        [*control, "-l", f"{folder}/log", "-o", options, "start"], check=True, stdout=subprocess.DEVNULL, cwd="/"
+    )
+    yield f"postgresql+psycopg://golf@127.0.0.1:{port}/postgres"
+    subprocess.run([*control, "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL, cwd="/")
+    shutil.rmtree(folder)
+
+
+def test_two_machines_share_a_study_in_postgresql_and_one_may_die(sweeps, postgres, tmp_path_factory):
+    """Two folders are two machines: they have nothing in common but the database."""
+    other = Sweeps(tmp_path_factory.mktemp("other"), sweeps.monkeypatch, sweeps.capsys)
+    words = ("MATRIX_LR=0.01..0.06:6", "SEED=1,2", "--storage", postgres)
+    slow = {"STEP_SECONDS": 0.05}
+    victim = other.start(*words, environment=slow)
+    out = sweeps.start(*words, environment=slow)
+    sweeps.wait_until(lambda: len(other.starts()) >= 2 and sweeps.starts(), "both work")
+    victim.kill()
+    text, _ = out.communicate(timeout=SECONDS)
+    assert out.returncode == 0, text
+    victim.wait()
+    rows = {row["trial"]: row for row in sweeps.rows()}
+    assert len(rows) == 6
+    runs = sweeps.rows(name="runs.csv")
+    assert len(runs) == 12
+    for number, row in rows.items():
+        scores = [float(run["val_bpb"]) for run in runs if run["trial"] == number]
+        assert float(row["bits per byte"]) == statistics.mean(scores)
+    for run in runs:  # what a run says of itself, on whichever machine it is
+        folders = [own.folder / run["run"] / "submission.json" for own in (sweeps, other)]
+        results = [json.loads(path.read_text())["val_bpb"] for path in folders if path.exists()]
+        assert float(run["val_bpb"]) in results
+
+
+# --------------------------------------------------------------------------------------------------- paired comparison
+def compare(sweeps: Sweeps, a: str, b: str, *words: str, status: int = 0, **options: object) -> str:
+    return sweeps.run("--compare", a, b, "--steps", "10", *words, status=status, **options)
+
+
+def test_two_sides_alternate_with_common_seeds_at_equal_steps_and_equal_seconds(sweeps):
+    (sweeps.folder / "b.env").write_text("MATRIX_LR=0.05\nCLAIMED_SECONDS=2\n")
+    out = compare(sweeps, "MATRIX_LR=0.03", "b.env", "--seeds", "1-3")
+    order = [start["RUN_ID"] for start in sweeps.starts()]
+    assert order[:3] == ["s-A-seed1", "s-again-seed1", "s-B-seed1"]  # the baseline against itself is first
+    assert order[3:] == [f"s-{run}" for run in (
+        "B-seed2", "A-seed2", "A-seed3", "B-seed3", "seconds-seed1", "seconds-seed2", "seconds-seed3"
+    )]  # fmt: skip
+    result = {path.parent.name: json.loads(path.read_text()) for path in sweeps.folder.glob("logs/s-*/submission.json")}
+    assert all(result[f"s-seconds-seed{seed}"]["steps"] == 5 for seed in (1, 2, 3))  # a step of B takes twice as long
+    for arm in ("B", "seconds"):
+        mean = statistics.mean(
+            result[f"s-{arm}-seed{n}"]["val_bpb"] - result[f"s-A-seed{n}"]["val_bpb"] for n in (1, 2, 3)
+        )
+        assert f"{mean:+.5f}" in out
+    assert "the same to the last bit" in out and "A: MATRIX_LR=0.03" in out
+    rows = list(csv.DictReader((sweeps.folder / "logs/sweeps/s/compare.csv").open()))
+    assert len(rows) == len(order)
+    compare(sweeps, "MATRIX_LR=0.03", "b.env", "--seeds", "1-4")  # one seed more
+    assert sorted(start["RUN_ID"] for start in sweeps.starts()[len(order) :]) == [
+        "s-A-seed4",
+        "s-B-seed4",
+        "s-seconds-seed4",
+    ]
+
+
+def test_steps_that_take_equally_long_are_not_run_twice(sweeps):
+    compare(sweeps, "MATRIX_LR=0.03", "MATRIX_LR=0.05", "--seeds", "1,2")
+    assert not [start for start in sweeps.starts() if "seconds" in start["RUN_ID"]]
+
+
+def test_a_comparison_goes_on_where_it_was_stopped_or_failed(sweeps):
+    words = ("MATRIX_LR=0.03", "MATRIX_LR=0.05", "--seeds", "1,2")
+    out = compare(sweeps, *words, status=1, environment={"BROKEN_RATE": "0.05"})
+    assert "s-B-seed1 FAILED" in out and "the rate is broken" in out
+    process = sweeps.start("--compare", *words[:2], "--steps", "10", *words[2:], environment={"STEP_SECONDS": 0.1})
+    sweeps.wait_until(lambda: (sweeps.folder / "logs/s-B-seed2/state").exists(), "the second seed begins")
+    process.send_signal(signal.SIGTERM)
+    assert "goes on" in process.communicate(timeout=SECONDS)[0] and process.returncode == 143
+    out = compare(sweeps, *words)
+    assert out.count("was there already") == 3 and "B - A at 10 steps" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["MATRIX_LR=1", "MATRIX_LR=1", "--steps", "5"], "same settings"),
+        (["MATRIX_LR=1", "MATRIX_LR=2"], "--steps"),
+        (["MATRIX_LR=1 ITERATIONS=5", "MATRIX_LR=2 ITERATIONS=6"], "--steps"),
+        (["MATRIX_LR=1", "SEED=2", "--steps", "5"], "--seeds"),
+        (["MATRIX_LR=1", "MATRIX_LR=2", "--steps", "5", "--seeds", "3-1"], "seeds 3-1"),
+        (["MATRIX_LR=1", "MATRIX_LR=2", "--steps", "5", "--claim", "x"], "--claim x"),
+        (["MATRIX_LR=1", "MATRIX_LR=2", "--steps", "5", "LOADER=shuffled"], "belong to a side"),
+    ],
+)
+def test_sides_that_do_not_compare_are_refused(words, told, capsys):
+    assert sweep.main(["--compare", *words, "--", sys.executable]) == 2
+    assert told in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- noise and differences
+def configuration(number: int, scores: np.ndarray) -> study_table.Configuration:
+    results = {
+        f"seed{seed}": launch.Result(float(score), 2 * score, 30, 9.0, 0.0, 2.0, 1000, "0", "m", "logs/x")._asdict()
+        for seed, score in enumerate(scores)
+    }
+    return study_table.Configuration(number, {"MATRIX_LR": str(number)}, "complete", results, {}, "")
+
+
+def verdicts(scores: list[np.ndarray], alpha: float = study_table.ALPHA) -> list[str]:
+    """The verdicts on configurations of these scores by seed, in the order of the table."""
+    study = SimpleNamespace(study_name="s")
+    table = study_table.StudyTable(study, [configuration(i, own) for i, own in enumerate(scores)], alpha)
+    return [difference.verdict for difference in table.differences.values()]
+
+
+def test_a_planted_difference_of_two_standard_deviations_is_found_and_none_is_not_claimed():
+    """20 repetitions each, 12 seeds: two standard deviations are found 19 times of 20 by the power of the test, and
+    0.05 false claims of each repetition are 3 or fewer of 20 with a probability of 0.98; at 0.01, 1 or none."""
+    random = np.random.default_rng(1)
+    std, seeds = 0.0009, 12
+    found = claimed = strict = 0
+    for _ in range(20):
+        base, other = random.normal(1.12, std, (2, seeds))
+        found += verdicts([base, other + 2 * std]) == ["worse"]
+        claimed += "not shown" not in verdicts([base, other])[0]
+        strict += "not shown" not in verdicts([base, other], alpha=0.01)[0]
+    assert found >= 18 and claimed <= 3 and strict <= 1, (found, claimed, strict)
+
+
+def test_of_many_configurations_that_are_alike_none_is_called_worse():
+    """Without the adjustment for nine comparisons with the best, most of these studies would claim something."""
+    random = np.random.default_rng(2)
+    claims = sum(
+        any("worse" in text for text in verdicts(list(random.normal(1.12, 0.001, (10, 8))))) for _ in range(40)
+    )
+    plain = sum(
+        any(
+            study_table.paired(other - best, study_table.ALPHA).p < study_table.ALPHA
+            for other in scores
+            if other is not best
+        )
+        for scores in (list(random.normal(1.12, 0.001, (10, 8))) for _ in range(40))
+        for best in [min(scores, key=np.mean)]
+    )
+    assert claims <= 0.25 * 40 < 0.5 * 40 < plain, (claims, plain)
+
+
+def test_configurations_without_common_seeds_are_compared_by_welchs_test():
+    scores = np.random.default_rng(3).normal(1.1, 0.001, (2, 6))
+    first, second = configuration(0, scores[0]), configuration(1, scores[1] + 0.01)
+    second.results = {f"other{name}": result for name, result in second.results.items()}
+    test = study_table.against(first, second, 0.05)
+    from scipy import stats
+
+    expected = stats.ttest_ind(scores[1] + 0.01, scores[0], equal_var=False)
+    assert test.p == pytest.approx(expected.pvalue, rel=1e-9)
+    interval = expected.confidence_interval(0.95)
+    assert (test.low, test.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+
+
+def test_one_seed_and_settings_without_effect_are_called_by_their_names():
+    one = np.array([1.1])
+    assert verdicts([one, one + 0.1]) == ["one seed: no test"]
+    three = np.array([1.1, 1.2, 1.3])
+    assert verdicts([three, three]) == ["the same"]
+
+
+def test_runs_of_two_scripts_or_machines_are_not_compared_in_silence():
+    first, second = configuration(0, np.array([1.0, 1.1])), configuration(1, np.array([1.2, 1.3]))
+    second.results["seed0"]["machine"] = "another"
+    table = study_table.StudyTable(SimpleNamespace(study_name="s"), [first, second], 0.05)
+    assert any("NOT COMPARABLE" in line and "another" in line for line in table.notes())
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+def study_of_everything() -> study_table.StudyTable:
+    """A study with a range, a list with long values, trials that were stopped or failed, and hostile text."""
+    study = optuna.create_study(study_name="a <b>study</b> with a rather long name of its own")
+    random = np.random.default_rng(0)
+    distributions = {"MATRIX_LR": optuna.distributions.FloatDistribution(0.001, 1, log=True)}
+    distributions["LOADER"] = optuna.distributions.CategoricalDistribution(["shuffled", "sequential"])
+    for index in range(30):
+        rate, loader = float(10 ** random.uniform(-3, 0)), ("shuffled", "sequential")[index % 2]
+        scores = random.normal(1.1 + 0.01 * abs(np.log10(rate) + 1.5), 0.001, 3)
+        values = {"MATRIX_LR": f"{rate:.5g}", "LOADER": loader}
+        attributes: dict[str, object] = {"values": values, "results": configuration(index, scores).results}
+        losses = {500: 4.0 - 0.01 * index, 1500: 3.5 + 0.01 * index}
+        state = optuna.trial.TrialState.COMPLETE
+        if index % 7 == 3:
+            state = optuna.trial.TrialState.PRUNED
+            attributes["results"] = {}
+            losses.pop(1500)
+        if index == 20:
+            state = optuna.trial.TrialState.FAIL
+            attributes["error"] = "CUDA out of memory <script>alert(1)</script>"
+        study.add_trial(
+            optuna.create_trial(
+                state=state, params={"MATRIX_LR": rate, "LOADER": loader}, distributions=distributions,
+                user_attrs=attributes, intermediate_values=losses,
+                value=float(scores.mean()) if state == optuna.trial.TrialState.COMPLETE else None,
+            )
+        )  # fmt: skip
+    trials = [study_table.read_configuration(trial.number, trial) for trial in sweep.current_trials(study)]
+    return study_table.StudyTable(study, trials, 0.05)
+
+
+def test_the_page_is_shown_on_a_phone_and_a_desktop_in_light_and_dark(browser, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    paths = study_of_everything().write()
+    page = tmp_path / next(path for path in paths if path.name == "index.html")
+    assert "<script>" not in page.read_text() and "<b>study" not in page.read_text()
+    for width, height, columns in ((360, 800, 1), (1280, 900, 2)):
+        for mode in ("light", "dark"):
+            seen = look(browser, page, width, height, mode)
+            assert seen["overflow"] <= 0 and seen["columns"] == columns and seen["loose"] == 0, (width, mode, seen)
+            assert len(seen["figures"]) == 10  # scores, two dimensions, importance, halving: each with its drawing
+            assert min(seen["fonts"]) >= 10 and seen["cut"] == []
+    assert browser.get_log("browser") == []
+
+
+def test_the_page_tells_importance_and_what_was_stopped_and_failed(tmp_path):
+    table = study_of_everything()
+    importances = table.importances()
+    assert importances["MATRIX_LR"] > importances["LOADER"] and sum(importances.values()) == pytest.approx(1)
+    notes = "\n".join(table.notes())
+    assert "CUDA out of memory" in notes and notes.count("stopped 00") == 4
+    assert len(table.scored) == 25 and table.best is table.scored[0]
+
+
+# ---------------------------------------------------------------------------------------------------- the script itself
+SHORT = {name: value for name, value in AUDITED.items() if name != "AUDIT"} | {"TTT_ENABLED": 0}
+
+
+@pytest.fixture
+def script(sweeps: Sweeps, corpus: SimpleNamespace) -> Sweeps:
+    """Sweepers on train_gpt.py, on the demonstration corpus."""
+    sweeps.environment = shell(corpus, **SHORT)
+    sweeps.command = [sys.executable, str(ROOT / "train_gpt.py")]
+    return sweeps
+
+
+def segments(folder: Path) -> int:
+    """How many processes have worked on a run."""
+    return len(json.loads((folder / "journal.json").read_text())["segments"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        (("MATRIX_LR=0.01,0.1", "GRAD_CLIP_NORM=0,0.3", "SEED=1,2"), 4),
+        (("MATRIX_LR=0.01..0.3:log", "LOADER=shuffled,sequential", "SEED=1,2", "--trials", "3"), 3),
+    ],
+    ids=["grid", "tpe"],
+)
+def test_two_sweepers_on_one_file_and_one_killed(script, words, count):
+    victim = script.start(*words)
+    script.wait_until(lambda: list(script.folder.glob("logs/s-*/metrics.jsonl")), "a run has begun")
+    victim.kill()
+    other = script.start(*words)
+    script.run(*words)
+    text, _ = other.communicate(timeout=SECONDS)
+    assert other.returncode == 0, text
+    assert means(script.rows()) == script.recomputed() and len(script.recomputed()) == count
+    folders = sorted(script.folder.glob("logs/s-*"))
+    assert len(folders) == 2 * count
+    assert sum(map(segments, folders)) <= 2 * count + 1  # the run that was killed, once more
+
+
+@pytest.mark.slow
+def test_halving_stops_a_run_of_the_script_and_keeps_it(script):
+    del script.environment["ITERATIONS"]
+    script.run("MATRIX_LR=0.02,0,0.0001", "--halving", "8", "ITERATIONS=40")
+    states = {trial.user_attrs["values"]["MATRIX_LR"]: trial.state.name for trial in script.trials()}
+    assert states == {"0.02": "COMPLETE", "0": "PRUNED", "0.0001": "PRUNED"}
+    stopped = next(script.folder.glob("logs/s-0001-*"))
+    assert not (stopped / "submission.json").exists() and "stopped by SIGTERM" in (stopped / "train.log").read_text()
+
+
+@pytest.mark.slow
+def test_settings_of_scoring_are_swept_on_the_artifacts_of_runs(script, audited):
+    shutil.copytree(audited, script.folder / "logs" / "a")
+    for name in SHORT:
+        script.environment.pop(name, None)
+    script.environment |= {"DEVICE": "cpu", "MAX_VAL_TOKENS": "1024"}
+    script.run("EVAL_STRIDE=8,16,32", "TTT_ENABLED=0", "--from-artifact", "logs/a")
+    rows = {row["EVAL_STRIDE"]: float(row["bits per byte"]) for row in script.rows()}
+    assert len(rows) == 3 and len(set(rows.values())) == 3
+    assert means(script.rows()) == script.recomputed()
+    result = json.loads((script.folder / "logs/s-0002-a/submission.json").read_text())
+    assert result["settings"]["eval_only"] == "logs/a/final_model.bin" and "steps" not in result
+    assert result["val_bpb"] == rows["32"]
