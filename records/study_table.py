@@ -154,12 +154,15 @@ class StudyTable:
     def notes(self) -> list[str]:
         """Return what a reader of the table has to know."""
         lines = []
-        if len(self.scored) > 1 and self.differences:
+        num_tests = sum(difference.p is not None for difference in self.differences.values())
+        if num_tests:
             lines.append(
-                f"p: paired by seed, two-sided, adjusted for {len(self.differences)} comparisons (Holm 1979); an "
-                f"interval has {1 - self.alpha:.0%} confidence for itself alone. Seeds that would show a difference: "
-                f"{POWER:.0%} of the time. The best of many is partly luck: other seeds will show it worse than here."
+                f"p: paired by seed, two-sided, adjusted for {num_tests} comparisons (Holm 1979). An interval has "
+                f"{1 - self.alpha:.0%} confidence by itself. So many seeds would show a difference as large as the "
+                f"measured one {POWER:.0%} of the time."
             )
+        if self.differences:
+            lines.append("The best of many is partly luck: with other seeds it will score worse than here.")
         if any(len(c.results) < 2 for c in self.scored):
             lines.append(
                 "One run of a configuration shows no spread, so no difference can be told from noise: SEED=1,2,3"

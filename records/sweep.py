@@ -438,14 +438,14 @@ class Job:
         """Begin the next replicate, or end the trial where all have a result."""
         space = self.sweep.space
         missing = [name for name in space.replicates if name not in self.results]
-        twin = self.sweep.find_twin(self)
-        if missing and twin:
-            self.results = twin
+        twin = self.sweep.find_twin(self) if missing else None
+        if twin:
             self.trial.set_user_attr(RESULTS, twin)
+            self.results = twin
             missing = []
         if not missing:
-            scores = [self.results[name]["val_bpb"] for name in space.replicates]
-            return self._end(f"{statistics.mean(scores):.5f} bits per byte", value=statistics.mean(scores))
+            mean = statistics.mean(self.results[name]["val_bpb"] for name in space.replicates)
+            return self._end(f"{mean:.5f} bits per byte", value=mean)
         self.replicate = missing[0]
         self.rung = 0
         if self.sweep.halving and self.replicate == next(iter(space.replicates)):
@@ -464,7 +464,7 @@ class Job:
         and so the same batches, in all trials."""
         if not self.rung:
             return
-        first, factor = self.sweep.halving
+        _, factor = self.sweep.halving
         events = read_events(self.process.folder, "train")
         while self.rung and events and events[-1]["step"] >= self.rung:
             losses = [event["train_loss"] for event in events if event["step"] <= self.rung]
@@ -615,7 +615,8 @@ class Sweep:
             trial.set_user_attr(SURPLUS, True)
             self.study.tell(trial, state=TrialState.FAIL)
             return False
-        self.jobs.append(Job(self, trial, frozen, self.free.pop(0)))
+        self.jobs.append(Job(self, trial, frozen, self.free[0]))
+        self.free.pop(0)
         self.is_waiting = False
         return True
 
@@ -662,8 +663,8 @@ class Sweep:
         text = f" ({len(ended)} of {len(trials)} trials"
         if self.seconds and len(ended) < len(trials):
             runs = (len(trials) - len(ended)) * len(self.space.replicates)
-            minutes = statistics.mean(self.seconds) * runs / self.num_places / 60
-            text += f", at most {minutes:.0f} min left if this sweeper is alone"
+            minutes = math.ceil(statistics.mean(self.seconds) * runs / self.num_places / 60)
+            text += f", at most {minutes} min left if this sweeper is alone"
         return text + ")"
 
 

@@ -91,6 +91,7 @@ def faults(line: str, page: Path = ROOT / "README.md") -> list[str]:
             found.append(f"{command} is not there")
         found += [f"{path} is not there" for path in plain if path.endswith(OWN_SUFFIXES) and not is_there(path, page)]
         script = next((ROOT / path for path in plain if path.endswith(".py") and (ROOT / path) in CODE), None)
+        words = words[: words.index("--")] if "--" in words else words  # what follows is a command of its own
         if script and command.startswith("python"):
             options = [word.split("=")[0] for word in words if word.startswith("--")]
             found += [f"{script.name} has no {o}" for o in options if f'"{o}"' not in CODE[script]]
