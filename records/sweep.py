@@ -73,6 +73,9 @@ RANGE = re.compile(rf"{BOUND}\.\.{BOUND}(:log)?(?::(\d{{1,6}}))?")
 SPACE = "space"  # attribute of a study: what it varies
 NUM_TRIALS = "num_trials"  # attribute of a study: how many were queued; set when all are
 HOST = "host"  # attribute of a trial: the machine that has begun it
+TAKEN = (
+    "taken"  # attribute of a trial: its own number, once it has a heartbeat; a trial that goes on for it has another
+)
 VALUES = "values"  # attribute of a trial: its dimensions, as the environment gets them
 RESULTS = "results"  # attribute of a trial: replicate -> result
 ERROR = "error"  # attribute of a trial: why it failed, or nothing
@@ -401,6 +404,7 @@ class Job:
         trial.set_user_attr(VALUES, self.values)
         trial.set_user_attr(ERROR, "")
         trial.set_user_attr(HOST, socket.gethostname())
+        trial.set_user_attr(TAKEN, trial.number)
 
     def __str__(self) -> str:
         return " ".join([f"trial {self.number:04d}", *(f"{name}={value}" for name, value in self.values.items())])
@@ -591,7 +595,7 @@ class Sweep:
         """Queue again what belonged to sweepers that have died."""
         optuna.storages.fail_stale_trials(self.study)
         for trial in current_trials(self.study):
-            without_heartbeat = trial.state == TrialState.RUNNING and HOST not in trial.user_attrs
+            without_heartbeat = trial.state == TrialState.RUNNING and trial.user_attrs.get(TAKEN) != trial.number
             if not without_heartbeat and not is_lost(trial):
                 self.lost.pop(trial.number, None)
                 continue

@@ -511,10 +511,15 @@ def test_a_trial_whose_sweeper_died_while_it_put_it_back_is_run_by_another(sweep
     for rate in ("0.01", "0.02"):
         study.enqueue_trial({"MATRIX_LR": rate})
     study.tell(study.ask(), state=optuna.trial.TrialState.FAIL)  # and not queued again
-    abandoned = study.ask()  # and this one has not even a heartbeat
+    put_back = study.ask()
+    for name, value in ((sweep.HOST, "elsewhere"), (sweep.TAKEN, put_back.number)):
+        put_back.set_user_attr(name, value)
+    study.tell(put_back, state=optuna.trial.TrialState.FAIL)
+    sweep.RetryHeartbeatStaleTrialCallback()(study, study.trials[put_back.number])
+    assert study.ask().number == 2  # it is taken again, and has not even a heartbeat
     assert not study.get_trials(states=(optuna.trial.TrialState.WAITING,))
     sweeps.run("MATRIX_LR=0.01,0.02")
-    assert abandoned.number == 1 and len(sweeps.rows()) == 2 and means(sweeps.rows()) == sweeps.recomputed()
+    assert len(sweeps.rows()) == 2 and means(sweeps.rows()) == sweeps.recomputed()
 
 
 def test_the_last_trial_that_another_takes_first_leaves_no_trial_too_many(sweeps, monkeypatch):
