@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -18,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +33,7 @@ LOGS = Path("logs")
 LAST_LINES = 12  # of a failed run's output, which say why
 LONGEST_MESSAGE = 2000  # characters: databases have columns of limited width
 STOP_SECONDS = 120.0  # a run that is asked to stop first finishes its step, or its export
-PATH_SETTINGS = ("eval_only", "export_only")  # how a file is named is not what it holds
+PATH_SETTINGS = ("eval_only", "export_only")
 OF_SHELL = ("_", "PWD", "OLDPWD", "SHLVL")  # variables that a shell sets for itself
 TORCHRUN_PROCESSES = re.compile(r"--nproc[_-]per[_-]node[= ](\d+)")
 
@@ -55,7 +57,10 @@ def read_settings(words: Sequence[str], environment: dict[str, str] | None = Non
             check_unix_text(Path(word))
             script.append('set -a; case "$1" in */*) . "$1" ;; *) . "./$1" ;; esac')
         else:
-            raise LaunchError(f"{word} is neither a file of settings (*.env) nor of the form NAME=value")
+            raise LaunchError(
+                f"{word} is neither a file of settings (*.env) nor of the form NAME=value. A path with a space needs "
+                "quotes (within --compare inside the others), each artifact its own --from-artifact"
+            )
     lines = [f"{line} || exit; set +a; shift" for line in script]
     command = ["bash", "-c", "\n".join([*lines, "env -0"]), "settings", *words]
     done = subprocess.run(command, env=before, capture_output=True, text=True, check=False)
@@ -85,8 +90,11 @@ def given_settings(environment: dict[str, str]) -> dict[str, str]:
 def check_setting(name: str, text: str) -> Any:
     """Return the value of a setting. Raise LaunchError where there is no such setting, or the value is not allowed."""
     knobs = t.Hyperparameters.knobs()
+    if name in ("RUN_ID", "RESUME"):
+        raise LaunchError(f"{name} is no setting of a sweep: each run has its own")
     if name.lower() not in knobs or not name.isupper():
-        raise LaunchError(f"{name} is not a setting of train_gpt.py{t.suggest(name, [n.upper() for n in knobs])}")
+        near = t.suggest(name.upper(), [knob.upper() for knob in knobs])
+        raise LaunchError(f"{name} is not a setting of train_gpt.py{near}")
     try:
         return knobs[name.lower()].parse(name.lower(), text)
     except t.UserError as error:
@@ -98,13 +106,9 @@ def different_settings(expected: dict[str, str], found: dict[str, Any]) -> list[
     lines = []
     for name, text in expected.items():
         key = name.lower()
-        if key in t.FREE_SETTINGS or text == "auto" or key not in found:
-            continue
-        value = check_setting(name, text)
-        same = value == found[key]
-        if key in PATH_SETTINGS:
-            same = Path(value).name == Path(str(found[key])).name
-        if not same:
+        if key in t.FREE_SETTINGS or key in PATH_SETTINGS or text == "auto" or key not in found:
+            continue  # of an artifact, the content counts
+        if check_setting(name, text) != found[key]:
             lines.append(f"{name}={found[key]}, not {text}")
     return lines
 
@@ -194,6 +198,9 @@ def read_result(folder: Path, expected: dict[str, str]) -> Result:
     except ValueError as error:
         raise LaunchError(str(error)) from None
     different = different_settings(expected, settings)
+    artifact = expected.get("EVAL_ONLY")
+    if artifact and document.get("artifact_sha256") != digest(artifact):
+        different.append(f"its artifact was not {artifact} as it is now")
     if different:
         raise LaunchError(
             f"{folder} is the folder of another run ({'; '.join(different)}): give the study another name, or move "
@@ -201,6 +208,11 @@ def read_result(folder: Path, expected: dict[str, str]) -> Result:
         )
     return Result(**numbers, steps=steps, train_seconds=train_seconds, calibration_seconds=calibration,
                   bytes_total=size, code_sha256=texts[0], machine=texts[1], run=str(folder))  # fmt: skip
+
+
+def digest(path: str) -> str:
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def read_events(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -217,6 +229,19 @@ def read_events(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 # =================================================== processes =======================================================
+def catch_signals(handler: Callable[[int, Any], None]) -> None:
+    """Let a handler take the signals that ask a process to end."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), handler)
+
+
+def as_command(settings: dict[str, str], command: Sequence[str]) -> str:
+    """Return a command as it may be typed, with those settings that this shell does not have already."""
+    own = [f"{name}={shlex.quote(text)}" for name, text in settings.items() if os.environ.get(name) != text]
+    return " ".join([*own, shlex.join(command)])
+
+
 def places(gpus_per_trial: int) -> list[dict[str, str]]:
     """Return the variables of each place that takes one run at a time: all of the machine, or a part of its GPUs.
 
@@ -230,6 +255,8 @@ def places(gpus_per_trial: int) -> list[dict[str, str]]:
     count = len(gpus) // gpus_per_trial
     if not count:
         raise LaunchError(f"--gpus-per-trial {gpus_per_trial}: {len(gpus)} GPUs are visible here, so give fewer")
+    if len(gpus) % gpus_per_trial:
+        print(f"{len(gpus) % gpus_per_trial} of {len(gpus)} GPUs are left over")
     own = []
     for index in range(count):
         group = gpus[index * gpus_per_trial : (index + 1) * gpus_per_trial]

@@ -25,9 +25,12 @@ from typing import Any
 
 import study_table
 from launch import (
+    LOGS,
     LaunchError,
     Process,
     Result,
+    as_command,
+    catch_signals,
     check_command,
     join_settings,
     read_artifacts,
@@ -47,7 +50,7 @@ from significance import (
 )
 
 POLL_SECONDS = 0.5
-SAME_TIME = 0.01  # steps whose seconds differ by less than this part take equally long
+SAME_TIME = 0.01  # seconds of a step that differ by less than this part of them are the same
 UNLIMITED = {"MAX_WALLCLOCK_SECONDS": "0"}
 
 
@@ -83,6 +86,10 @@ class Comparison:
             settings |= UNLIMITED | {"ITERATIONS": str(steps)}
         return settings
 
+    def variables(self, arm: str, replicate: str) -> dict[str, str]:
+        """Return the same, with what else the files of the side set."""
+        return self.others["A" if arm in ("A", "again") else "B"] | self.settings(arm, replicate)
+
     def order(self) -> list[tuple[str, str]]:
         """Return (arm, replicate) of the runs at equal steps: the sides change places from seed to seed."""
         order = []
@@ -90,6 +97,9 @@ class Comparison:
             arms = ("A", "again", "B") if index % 2 == 0 else ("B", "A", "again")
             order += [(arm, replicate) for arm in arms]
         return order
+
+    def has_begun(self, arm: str, replicate: str) -> bool:
+        return (LOGS / run_id(self, arm, replicate)).exists()
 
     @property
     def repeats_itself(self) -> bool:
@@ -103,24 +113,24 @@ def compare(args: argparse.Namespace) -> int:
     comparison = plan(args)
     if args.dry_run:
         for arm, replicate in comparison.order():
-            own = comparison.settings(arm, replicate) | {"RUN_ID": run_id(comparison, arm, replicate)}
-            print(
-                " ".join([f"{name}={shlex.quote(value)}" for name, value in own.items()] + [shlex.join(args.command)])
-            )
+            settings = comparison.variables(arm, replicate) | {"RUN_ID": run_id(comparison, arm, replicate)}
+            print(as_command(settings, args.command))
         print("# then B for the steps that take as long as A's, where its steps take longer or shorter")
         return 0
     claims = read_claims(args.claim)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), raise_stopped)
+    catch_signals(raise_stopped)
+    folder = study_table.folder_of(comparison.name)
+    (folder / "lock").mkdir(parents=True, exist_ok=True)
     try:
-        status = run_all(comparison)
+        with t.lock(folder / "lock"):
+            status = run_all(comparison)
+    except t.UserError:
+        raise LaunchError(f"another process works on the comparison {comparison.name}: wait for its end") from None
     except Stopped as stopped:
         print(f"stopped by {stopped}: the same command goes on")
         return 128 + stopped.number
     if comparison.scores("A") and comparison.scores("B"):
         text = "\n".join(table(comparison, args.alpha, claims))
-        folder = study_table.folder_of(comparison.name)
         t.write_atomically(folder / "compare.md", text.encode())
         t.write_atomically(folder / "compare.csv", as_csv(comparison).encode())
         print(text)
@@ -138,39 +148,52 @@ def plan(args: argparse.Namespace) -> Comparison:
         raise LaunchError(
             f"{args.words[0]}: with --compare all settings belong to a side, in quotes: 'A.env {args.words[0]}'"
         )
+    for name in ("trials", "halving", "sampler", "gpus_per_trial", "retry_failed"):
+        if getattr(args, name):
+            raise LaunchError(f"--{name.replace('_', '-')} is of a study, and has no effect on --compare")
     check_command(args.command, 0)
     sides, others = {}, {}
     for name, words in zip("AB", args.compare):
-        sides[name], others[name] = join_settings(shlex.split(words))
-        for knob in ("SEED", "EVAL_ONLY"):
+        sides[name], others[name] = join_settings(words_of(words))
+        for knob, option in (("SEED", "--seeds"), ("EVAL_ONLY", "--from-artifact")):
             if knob in sides[name]:
-                raise LaunchError(
-                    f"{knob} is of both sides: give it by {'--seeds' if knob == 'SEED' else '--from-artifact'}"
-                )
-    if sides["A"] == sides["B"]:
-        raise LaunchError(f"--compare: both sides have the same settings ({args.compare[0]}; {args.compare[1]})")
+                raise LaunchError(f"{knob} is of both sides: give it by {option}")
     steps = None
     if args.from_artifact:
         replicates = read_artifacts(args.from_artifact)
     else:
-        replicates = {f"seed{seed}": {"SEED": str(seed)} for seed in read_seeds(args.seeds)}
+        replicates = {f"seed{seed}": {"SEED": str(seed)} for seed in read_seeds(args.seeds or "1-3")}
         given = {side.get("ITERATIONS") for side in sides.values()}
         if args.steps is None and (given == {None} or len(given) > 1):
             raise LaunchError("equal steps: give their number by --steps, or by the same ITERATIONS on both sides")
         steps = args.steps or int(given.pop())
     name = args.study or "-vs-".join(short_name(words) for words in args.compare)
-    return Comparison(name, args.command, sides, others, replicates, steps)
+    comparison = Comparison(name, args.command, sides, others, replicates, steps)
+    first = next(iter(replicates))
+    if comparison.variables("A", first) == comparison.variables("B", first):
+        told = "; both run for the same steps, without a limit of time" if steps else ""
+        raise LaunchError(f"--compare: both sides have the same settings ({'; '.join(args.compare)}){told}")
+    return comparison
+
+
+def words_of(side: str) -> list[str]:
+    """Return the words of a side, as a shell has them."""
+    try:
+        return shlex.split(side)
+    except ValueError as error:
+        raise LaunchError(f"--compare {side}: {error}") from None
 
 
 def short_name(words: str) -> str:
     """Return a side's words as part of a run's name."""
-    parts = [Path(word).stem if word.endswith(".env") else word for word in shlex.split(words)]
+    parts = [Path(word).stem if word.endswith(".env") else word for word in words_of(words)]
     return re.sub(r"[^\w.-]+", "-", "-".join(parts)) or "defaults"
 
 
-def read_claims(text: str) -> list[float]:
+def read_claims(text: str | None) -> list[float]:
+    """Return the differences to plan seeds for, in bits per byte."""
     try:
-        claims = [float(part) for part in text.split(",")]
+        claims = [float(part) for part in (text or "0.005,0.001").split(",")]
     except ValueError:
         claims = []
     if not claims or not all(math.isfinite(claim) and claim > 0 for claim in claims):
@@ -203,10 +226,9 @@ def run_all(comparison: Comparison) -> int:
 def run(comparison: Comparison, arm: str, replicate: str) -> bool:
     """Do a run, or find it done. Return whether it has a result."""
     name = run_id(comparison, arm, replicate)
-    side = "A" if arm in ("A", "again") else "B"
     settings = comparison.settings(arm, replicate)
     output = study_table.folder_of(comparison.name) / "output" / f"{name}.txt"
-    process = Process(name, comparison.others[side] | settings, comparison.command, output, {})
+    process = Process(name, comparison.variables(arm, replicate), comparison.command, output, {})
     was_there = process.is_finished()
     if not was_there:
         print(f"{name} begins", flush=True)
@@ -229,30 +251,41 @@ def run(comparison: Comparison, arm: str, replicate: str) -> bool:
 
 
 def kept_steps(comparison: Comparison) -> int:
-    """Return the steps of B at equal seconds: those of the runs that are there, so that more seeds can be added."""
+    """Return the steps of B at equal seconds: those of the runs that are there, so that more seeds can be added; new
+    ones where the comparison is another one."""
     path = study_table.folder_of(comparison.name) / "equal_seconds.json"
-    if path.exists():
+    of = {"steps": comparison.steps, "sides": comparison.sides}
+    there = any(comparison.has_begun("seconds", name) for name in comparison.replicates)
+    if path.exists() and there:
         try:
-            return max(1, int(finite(load(path).get("steps"), f"steps in {path}")))
+            kept = load(path)
+            if kept.get("of") == of:
+                return max(1, int(finite(kept.get("steps"), f"steps in {path}")))
         except ValueError as error:
             raise LaunchError(f"{error}: remove the file, and the runs {comparison.name}-seconds-*") from None
     steps = steps_of_equal_seconds(comparison)
-    t.write_atomically(path, json.dumps({"steps": steps}).encode())
+    t.write_atomically(path, json.dumps({"steps": steps, "of": of}).encode())
     return steps
 
 
 def steps_of_equal_seconds(comparison: Comparison) -> int:
-    """Return how many steps of B take the seconds of A's training, calibrations with them; A's number where B's steps
-    take as long as A's."""
-    seconds = {}
+    """Return how many steps of B take the seconds of A's training, calibrations with them.
+
+    By the median over seeds of how much longer B's steps take, as runs of a seed are neighbours in time. A's number of
+    steps where that is not longer at every seed, nor shorter at every seed."""
+    step_seconds = {}
+    calibration = {}
     for arm in ("A", "B"):
-        results = comparison.results[arm].values()
-        calibration = statistics.median(result.calibration_seconds for result in results)
-        step = statistics.median((r.train_seconds - r.calibration_seconds) / r.steps for r in results)
-        seconds[arm] = (calibration, step)
-    budget = seconds["A"][0] + comparison.steps * seconds["A"][1]
-    steps = max(1, round((budget - seconds["B"][0]) / seconds["B"][1]))
-    return comparison.steps if abs(steps / comparison.steps - 1) < SAME_TIME else steps
+        results = comparison.results[arm].items()
+        step_seconds[arm] = {name: (r.train_seconds - r.calibration_seconds) / r.steps for name, r in results}
+        calibration[arm] = statistics.median(r.calibration_seconds for _, r in results)
+    ratios = [step_seconds["B"][name] / seconds for name, seconds in step_seconds["A"].items()]
+    is_mixed = min(ratios) < 1 + SAME_TIME and max(ratios) > 1 - SAME_TIME
+    if is_mixed and calibration["A"] == calibration["B"]:
+        return comparison.steps
+    own = statistics.median(step_seconds["A"].values())
+    budget = calibration["A"] + comparison.steps * own
+    return max(1, round((budget - calibration["B"]) / (own * statistics.median(ratios))))
 
 
 # =================================================== table ===========================================================
@@ -271,7 +304,7 @@ def table(comparison: Comparison, alpha: float, claims: Sequence[float]) -> list
         tests[f"B - A at equal seconds: {comparison.equal_seconds_steps:,} steps of B"] = paired(
             differences(comparison, "seconds", "A"), alpha
         )
-    head = ["bits per byte", "seeds", "difference", f"{1 - alpha:.0%} interval", "p"]
+    head = ["bits per byte", "seeds", "difference", f"{study_table.percent(1 - alpha)} interval", "p"]
     rows = [row_of(name, test) for name, test in tests.items()]
     lines = [f"**{comparison.name}**", ""]
     lines += [f"{side}: {settings}  " for side, settings in different_settings(comparison).items()]
@@ -317,7 +350,10 @@ def notes(comparison: Comparison, test: PairedTest, alpha: float, claims: Sequen
     """Return the noise, what the comparison could show, and what differs that should not."""
     lines = []
     if comparison.repeats_itself:
-        lines.append("A again is the same as A to the last bit: this machine adds no noise of its own, seeds do.")
+        again = ", ".join(comparison.scores("again"))
+        lines.append(
+            f"A again ({again}) is the same as A to the last bit: seeds make the noise, this machine does not."
+        )
     spread = summarize(list(comparison.scores("A").values()))
     if spread.n > 1:
         lines.append(f"Noise: A has a standard deviation of {spread.std:.5f} over {spread.n} seeds, the differences ")
@@ -332,10 +368,7 @@ def notes(comparison: Comparison, test: PairedTest, alpha: float, claims: Sequen
         texts = [f"{count or 'over 1000'} for {claim}" for claim, count in needed.items()]
         lines.append(f"Seeds needed for that: {'; '.join(texts)}.")
     everything = [result for results in comparison.results.values() for result in results.values()]
-    for name, what in (("code_sha256", "scripts"), ("machine", "machines")):
-        found = sorted({getattr(result, name) for result in everything})
-        if len(found) > 1:
-            lines.append(f"NOT COMPARABLE without care: these runs are of {len(found)} {what}: {'; '.join(found)}")
+    lines += study_table.incomparable([result._asdict() for result in everything])
     lines.append(f"Machine: {everything[0].machine}")
     return lines
 

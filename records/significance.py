@@ -150,18 +150,6 @@ def paired(differences: Sequence[float], alpha: float = ALPHA) -> PairedTest:
     return PairedTest(n, mean, std, mean - reach, mean + reach, float(2 * stats.t.sf(abs(mean) / error, n - 1)))
 
 
-def unpaired(candidate: Sequence[float], baseline: Sequence[float], alpha: float = ALPHA) -> PairedTest:
-    """Returns Welch's test of candidate - baseline in the same form, for runs without common seeds; std is that of a
-    difference between two runs."""
-    ours, theirs = summarize(candidate), summarize(baseline)
-    mean, std = ours.mean - theirs.mean, math.hypot(ours.std, theirs.std)
-    if min(ours.n, theirs.n) < 2 or std == 0:
-        return PairedTest(min(ours.n, theirs.n), mean, std, reason="no spread: at least 2 seeds of each are needed")
-    test = stats.ttest_ind(np.asarray(candidate, float), np.asarray(baseline, float), equal_var=False)
-    low, high = test.confidence_interval(1 - alpha)
-    return PairedTest(min(ours.n, theirs.n), mean, std, float(low), float(high), float(test.pvalue))
-
-
 def paired_power(n: int, effect: float, alpha: float = ALPHA) -> float:
     """Returns how often the paired test of n seeds gives p < alpha, with the right sign, where the true difference is
     effect standard deviations of the differences. Exact for normal ones (noncentral t)."""

@@ -40,15 +40,18 @@ try:
     from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
     from optuna.trial import FrozenTrial, TrialState
 except ImportError as missing:
-    sys.exit(f"sweep.py: error: the package {missing.name} is missing: pip install -r records/requirements.txt")
+    sys.exit(f"sweep.py: error: {missing}: pip install -r records/requirements.txt")
 
 import paired_runs
 from launch import (
     LOGS,
     LaunchError,
     Process,
+    as_command,
+    catch_signals,
     check_command,
     check_setting,
+    digest,
     join_settings,
     places,
     read_artifacts,
@@ -57,6 +60,7 @@ from launch import (
     read_seeds,
     t,
 )
+from study_table import ERROR, RESULTS, VALUES
 
 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of heartbeats, since 2021
 warnings.filterwarnings("ignore", "Heartbeat of storage")  # which `Sweep._beat` records
@@ -71,15 +75,27 @@ WITH_COMMAS = ("VE_LAYERS", "TTT_LR_GROUPS", "FP16_KEEP_NAME_PATTERNS")  # setti
 BOUND = r"([-+\deE]*\d(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 RANGE = re.compile(rf"{BOUND}\.\.{BOUND}(:log)?(?::(\d{{1,6}}))?")
 SPACE = "space"  # attribute of a study: what it varies
+COMMAND = "command"  # attribute of a study: with which it was begun
 NUM_TRIALS = "num_trials"  # attribute of a study: how many were queued; set when all are
 HOST = "host"  # attribute of a trial: the machine that has begun it
 TAKEN = (
     "taken"  # attribute of a trial: its own number, once it has a heartbeat; a trial that goes on for it has another
 )
-VALUES = "values"  # attribute of a trial: its dimensions, as the environment gets them
-RESULTS = "results"  # attribute of a trial: replicate -> result
-ERROR = "error"  # attribute of a trial: why it failed, or nothing
 SURPLUS = "surplus"  # attribute of a trial that was asked for when none was left
+
+
+DATABASE_ERRORS = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError)
+OWN_OPTIONS = (
+    "--study",
+    "--dry-run",
+    "--compare",
+    "--seeds",
+    "--steps",
+    "--trials",
+    "--sampler",
+    "--halving",
+    "--storage",
+)
 
 
 # =================================================== what is varied ==================================================
@@ -113,10 +129,23 @@ class Space:
         return [dict(zip(self.dimensions, values)) for values in itertools.product(*self.dimensions.values())]
 
     def described(self) -> dict[str, str]:
-        """Return what must be the same where a study goes on."""
+        """Return what must be the same where a study goes on. Of an artifact, the content must."""
         words = {name: text for name, text in self.fixed.items() if name.lower() not in t.FREE_SETTINGS}
-        words |= {name: describe(values) for name, values in self.dimensions.items()}
-        return words | {"replicates": ",".join(self.replicates)}
+        words |= self.others | {name: describe(values) for name, values in self.dimensions.items()}
+        replicates = [
+            f"{name} of {digest(settings['EVAL_ONLY'])[:16]}" if "EVAL_ONLY" in settings else name
+            for name, settings in self.replicates.items()
+        ]
+        return words | {"replicates": ",".join(replicates)}
+
+    def settings(self, values: dict[str, str], replicate: str, first_rung: int) -> dict[str, str]:
+        """Return the variables of a run, beside those of this shell.
+
+        Where halving decides at `first_rung` steps, and not 0, the run logs often enough for it."""
+        settings = self.others | self.fixed | values | self.replicates[replicate]
+        if first_rung:
+            settings["TRAIN_LOG_EVERY"] = str(max(1, first_rung // (2 * LOSSES_A_RUNG)))
+        return settings
 
 
 def describe(dimension: Dimension) -> str:
@@ -134,11 +163,12 @@ def parse_dimension(name: str, text: str) -> Dimension:
     if name in WITH_COMMAS:
         raise LaunchError(f"{name}={text}: commas are part of this setting's values, so put it into a FILE.env")
     if not match:
+        if is_broken_range(name, text):
+            raise LaunchError(f"{name}={text}: a range is low..high, low..high:log, low..high:5 or low..high:log:5")
         values = text.split(",")
-        for value in values:
-            check_setting(name, value)
-        if len(set(values)) < len(values):
-            raise LaunchError(f"{name}={text}: {statistics.mode(values)} is there twice")
+        meant = [check_setting(name, value) for value in values]
+        if len(set(meant)) < len(meant):
+            raise LaunchError(f"{name}={text}: {statistics.mode(meant)} is there twice")
         return values
     low, high = (check_setting(name, bound) for bound in match.group(1, 2))
     if type(low) not in (int, float) or type(high) is not type(low):
@@ -147,6 +177,12 @@ def parse_dimension(name: str, text: str) -> Dimension:
         raise LaunchError(f"{name}={text}: a range is low..high, with low above 0 where it is :log")
     span = Range(low, high, bool(match[3]), type(low) is int)
     return spread(span, int(match[4])) if match[4] else span
+
+
+def is_broken_range(name: str, text: str) -> bool:
+    """Whether a text is meant as a range and does not have the form of one: paths may have two dots, numbers do not."""
+    knob = t.Hyperparameters.knobs().get(name.lower())
+    return ".." in text and knob is not None and type(knob.default) in (int, float)
 
 
 def spread(span: Range, count: int) -> list[str]:
@@ -177,7 +213,7 @@ def read_space(words: Sequence[str], artifacts: Sequence[str]) -> Space:
         name, _, text = word.partition("=")
         if name == "SEED":
             replicates = {f"seed{seed}": {"SEED": str(seed)} for seed in read_seeds(text)}
-        elif "," in text or RANGE.fullmatch(text):
+        elif "," in text or RANGE.fullmatch(text) or is_broken_range(name, text):
             if name in dimensions:
                 raise LaunchError(f"{name} is given twice")
             dimensions[name] = parse_dimension(name, text)
@@ -225,8 +261,13 @@ def open_storage(url: str, heartbeat: int) -> RDBStorage:
                 return storage
     except (ImportError, ValueError, OSError, sqlalchemy.exc.ArgumentError) as error:
         problem = error
-    cause = str(getattr(problem, "orig", None) or problem).strip().splitlines()[0]
-    raise LaunchError(f"--storage {hidden(url)} cannot be used: {cause}")
+    raise LaunchError(f"--storage {hidden(url)} cannot be used: {cause_of(problem)}")
+
+
+def cause_of(error: Exception | None) -> str:
+    """Return the line in which a database says what is wrong, and no more."""
+    inner = getattr(error, "__cause__", None) or error
+    return str(getattr(inner, "orig", None) or inner).strip().splitlines()[0]
 
 
 def begin_immediately(engine: sqlalchemy.Engine) -> None:
@@ -265,7 +306,7 @@ def open_study(args: argparse.Namespace, space: Space, storage: RDBStorage) -> o
 
     All are queued at the start, those of a grid with their values: what is queued is taken by one sweeper only. Raise
     LaunchError where the study of that name is another one."""
-    options = {"storage": storage, "sampler": pick_sampler(args), "pruner": pick_pruner(args)}
+    options = {"storage": storage, "sampler": pick_sampler(args)}
     described = space.described() | {"halving": args.halving or "off"}
     try:
         study = optuna.create_study(study_name=args.study, **options)
@@ -279,10 +320,13 @@ def open_study(args: argparse.Namespace, space: Space, storage: RDBStorage) -> o
             optuna.delete_study(study_name=args.study, storage=storage)
             raise LaunchError(f"{earlier[0]} is of an earlier study of this name: choose another, or move it away")
         study.set_user_attr(SPACE, described)
+        study.set_user_attr(COMMAND, args.command)
+    if study.user_attrs.get(COMMAND, args.command) != args.command:
+        print(f"note: the study was begun with `{shlex.join(study.user_attrs[COMMAND])}`, another command")
     queue_trials(study, args, space)
     for trial in current_trials(study):
         if trial.state == TrialState.FAIL and args.retry_failed:
-            RetryHeartbeatStaleTrialCallback()(study, trial)
+            queue_again(study, trial)
     return study
 
 
@@ -311,14 +355,6 @@ def pick_sampler(args: argparse.Namespace) -> optuna.samplers.BaseSampler:
     if args.sampler == "tpe":
         return optuna.samplers.TPESampler(multivariate=True, constant_liar=True)  # several are under way at once
     return optuna.samplers.RandomSampler()
-
-
-def pick_pruner(args: argparse.Namespace) -> optuna.pruners.BasePruner:
-    """Return what stops a trial before its end."""
-    if not args.halving:
-        return optuna.pruners.NopPruner()
-    step, factor = halving_steps(args.halving)
-    return optuna.pruners.SuccessiveHalvingPruner(min_resource=step, reduction_factor=factor)
 
 
 def halving_steps(text: str) -> tuple[int, int]:
@@ -359,6 +395,11 @@ def current_trials(study: optuna.Study) -> list[FrozenTrial]:
         if SURPLUS not in trial.user_attrs and is_further:
             best[number] = trial
     return [best[number] for number in sorted(best)]
+
+
+def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Queue a trial that was begun: under a new number, with its values, results and the number that names its runs."""
+    RetryHeartbeatStaleTrialCallback()(study, trial)
 
 
 def is_lost(trial: FrozenTrial) -> bool:
@@ -452,31 +493,31 @@ class Job:
             return self._end(f"{mean:.5f} bits per byte", value=mean)
         self.replicate = missing[0]
         self.rung = 0
-        if self.sweep.halving and self.replicate == next(iter(space.replicates)):
+        if self.replicate == next(iter(space.replicates)):
             self.rung = self.sweep.halving[0]
         run_id = f"{self.sweep.name}-{self.number:04d}-{self.replicate}"
         output = self.sweep.folder / "output" / f"{run_id}.txt"
-        settings = self.sweep.settings(self.values, self.replicate)
+        settings = space.settings(self.values, self.replicate, self.sweep.halving[0])
         self.process = Process(run_id, settings, self.sweep.command, output, self.place)
         print(f"{self}: {self.replicate} begins, {self.process.folder}", flush=True)
         return False
 
     def _follow(self) -> None:
-        """Tell the pruner of the loss at the steps where it decides, and stop the run where it says so.
+        """At the steps where halving decides, compare the loss with that of the other trials, and stop the run where a
+        larger part of them was better.
 
-        The loss is the mean of ten logged up to that step. The first replicate alone is followed: it has the same seed,
-        and so the same batches, in all trials."""
+        The first replicate alone is followed: it has the same seed, and so the same batches, in all trials."""
         if not self.rung:
             return
-        _, factor = self.sweep.halving
         events = read_events(self.process.folder, "train")
         while self.rung and events and events[-1]["step"] >= self.rung:
-            losses = [event["train_loss"] for event in events if event["step"] <= self.rung]
-            self.trial.report(statistics.mean(losses[-LOSSES_A_RUNG:]), self.rung)
-            self.rung *= factor
-            if self.trial.should_prune():
+            begin = self.rung - self.sweep.halving[0] / 2  # the ten logged last, or all where there are fewer steps
+            loss = statistics.mean(e["train_loss"] for e in events if begin < e["step"] <= self.rung)
+            self.trial.report(loss, self.rung)
+            self.is_hopeless = not self.sweep.may_go_on(self, loss)
+            self.rung *= self.sweep.halving[1]
+            if self.is_hopeless:
                 self.rung = 0
-                self.is_hopeless = True
                 self.process.stop()
 
     def _keep_result(self) -> None:
@@ -502,16 +543,23 @@ class Job:
         print(f"{self}: FAILED\n    " + why.replace("\n", "\n    "), flush=True)
         return True
 
-    def _leave(self) -> bool:
-        """Stop the run. Return whether it has ended."""
+    def stop(self) -> None:
+        """Ask the run to end."""
         if self.process:
             self.process.stop()
-        return not self.process or self.process.poll() != "running"
+
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() == "running"
+
+    def _leave(self) -> bool:
+        """Stop the run. Return whether it has ended."""
+        self.stop()
+        return not self.is_running()
 
     def _put_back(self) -> bool:
         """Queue the trial again, as this sweeper ends."""
         self.sweep.study.tell(self.trial, state=TrialState.FAIL, skip_if_finished=True)
-        RetryHeartbeatStaleTrialCallback()(self.sweep.study, self.sweep.frozen(self.trial))
+        queue_again(self.sweep.study, self.sweep.frozen(self.trial))
         print(f"{self}: put back into the queue", flush=True)
         return True
 
@@ -526,7 +574,7 @@ class Sweep:
         self.study = study
         self.storage = storage
         self.heartbeat = args.heartbeat
-        self.halving = halving_steps(args.halving) if args.halving else None
+        self.halving = halving_steps(args.halving) if args.halving else (0, 0)  # first step, factor
         self.folder = study_table.folder_of(args.study)
         self.free = places(args.gpus_per_trial)
         self.num_places = len(self.free)
@@ -540,27 +588,23 @@ class Sweep:
         self.is_waiting = False
         self.lost: dict[int, float] = {}  # number of a trial that nobody cares for -> since when
 
-    def settings(self, values: dict[str, str], replicate: str) -> dict[str, str]:
-        """Return the variables of a run, beside those of this shell."""
-        settings = self.space.others | self.space.fixed | values | self.space.replicates[replicate]
-        if self.halving and "TRAIN_LOG_EVERY" not in settings:
-            settings["TRAIN_LOG_EVERY"] = str(max(1, self.halving[0] // (2 * LOSSES_A_RUNG)))
-        return settings
-
     def run(self) -> None:
         """Work until no trial is left, here or elsewhere, or a signal comes."""
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self._on_signal)
+        catch_signals(self._on_signal)
         while True:
+            if self.signal or self.all_fail():
+                for job in self.jobs:
+                    job.stop()
             try:
                 if not self._turn():
                     return
                 time.sleep(POLL_SECONDS)
-            except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
-                cause = str(getattr(error.__cause__ or error, "orig", error)).strip().splitlines()[0]
-                print(f"the database does not answer, trying again: {cause}", flush=True)
-                time.sleep(RETRY_SECONDS)
+            except DATABASE_ERRORS as error:
+                print(f"the database does not answer, trying again: {cause_of(error)}", flush=True)
+                if self.signal and not any(job.is_running() for job in self.jobs):
+                    print("stopped without the database, which will take these trials for lost, and queue them again")
+                    return
+                time.sleep(POLL_SECONDS if self.signal else RETRY_SECONDS)
 
     def _turn(self) -> bool:
         """Move everything on by one step. Return whether there is more to do."""
@@ -571,9 +615,6 @@ class Sweep:
                 self.free.append(job.place)
                 self.last_look = 0.0
         if self.signal or self.all_fail():
-            for job in self.jobs:
-                if job.process:
-                    job.process.stop()
             return bool(self.jobs)
         if not self.free or time.monotonic() - self.last_look < IDLE_SECONDS:
             return True
@@ -606,7 +647,7 @@ class Sweep:
             if without_heartbeat:
                 self.storage.record_heartbeat(trial._trial_id)  # from now on it ages
             else:
-                RetryHeartbeatStaleTrialCallback()(self.study, trial)
+                queue_again(self.study, trial)
 
     def _take(self) -> bool:
         """Begin a trial that waits. Return whether there was one."""
@@ -656,6 +697,20 @@ class Sweep:
                 return trial.user_attrs[RESULTS]
         return None
 
+    def may_go_on(self, job: Job, loss: float) -> bool:
+        """Return whether a loss is among the best of those of all trials at that step so far, the best third where the
+        factor is 3: asynchronous successive halving (Li et al. 2018), but a trial that is stopped stays so.
+
+        Optuna's own pruner counts a trial that was put back again with each of its attempts."""
+        losses = {
+            first_number(trial): trial.intermediate_values[job.rung]
+            for trial in self.study.get_trials(deepcopy=False)
+            if job.rung in trial.intermediate_values
+        }
+        losses[job.number] = loss
+        kept = max(1, len(losses) // self.halving[1])
+        return loss <= sorted(losses.values())[kept - 1]
+
     def note_seconds(self, seconds: float) -> None:
         """Take note of how long a run took."""
         self.seconds.append(seconds)
@@ -668,7 +723,7 @@ class Sweep:
         if self.seconds and len(ended) < len(trials):
             runs = (len(trials) - len(ended)) * len(self.space.replicates)
             minutes = math.ceil(statistics.mean(self.seconds) * runs / self.num_places / 60)
-            text += f", at most {minutes} min left if this sweeper is alone"
+            text += f", about {minutes} min left for this sweeper alone, if none is stopped"
         return text + ")"
 
 
@@ -679,13 +734,15 @@ def show_commands(args: argparse.Namespace, space: Space) -> None:
     if configurations == [{}] and space.dimensions:
         drawn = " ".join(f"{name}={describe(values)}" for name, values in space.dimensions.items())
         print(f"# {args.trials} configurations, drawn by {args.sampler} from {drawn}; of each:")
+    for place in places(args.gpus_per_trial):
+        if place:
+            print(f"# one at a time with {as_command(place, [])}")
+    first_rung = halving_steps(args.halving)[0] if args.halving else 0
     for number, values in enumerate(configurations):
-        for replicate, settings in space.replicates.items():
-            own = space.others | {n: v for n, v in space.fixed.items() if os.environ.get(n) != v} | values | settings
-            own["RUN_ID"] = f"{args.study}-{number:04d}-{replicate}"
-            print(
-                " ".join([f"{name}={shlex.quote(value)}" for name, value in own.items()] + [shlex.join(args.command)])
-            )
+        for replicate in space.replicates:
+            settings = space.settings(values, replicate, first_rung)
+            settings["RUN_ID"] = f"{args.study}-{number:04d}-{replicate}"
+            print(as_command(settings, args.command))
 
 
 def sweep(args: argparse.Namespace) -> int:
@@ -701,6 +758,9 @@ def sweep(args: argparse.Namespace) -> int:
     args.trials = args.trials or 20
     if args.halving and (args.from_artifact or space.fixed.get("EVAL_ONLY")):
         raise LaunchError("--halving follows the training loss, and runs from an artifact do not train: leave it out")
+    for name in ("seeds", "steps", "claim"):
+        if getattr(args, name) is not None:
+            raise LaunchError(f"--{name} is of --compare: seeds of a study are SEED=1,2,3")
     check_command(args.command, args.gpus_per_trial)
     if args.dry_run:
         show_commands(args, space)
@@ -710,12 +770,25 @@ def sweep(args: argparse.Namespace) -> int:
     print(f"study {args.study} in {hidden(args.storage)}: {work.study.user_attrs[NUM_TRIALS]} configurations, ", end="")
     print(f"{len(space.replicates)} runs of each, {work.num_places} at a time", flush=True)
     work.run()
-    failed = write_table(work.study, args.alpha)
+    try:
+        failed = write_table(work.study, args.alpha)
+    except DATABASE_ERRORS:
+        if not work.signal:
+            raise
     if work.signal:
         return 128 + work.signal
     if work.all_fail():
         print(f"the first {work.num_failed} trials all failed, so the sweep ends: --retry-failed tries them again")
     return int(failed)
+
+
+def show_study(args: argparse.Namespace) -> int:
+    """Write and print the table of a study that is there."""
+    database = sqlalchemy.make_url(args.storage).database if args.storage.startswith("sqlite") else ""
+    if database and not Path(database).exists():
+        raise LaunchError(f"{database} is not there: a study is shown in the folder where it was begun")
+    write_table(load_study(args.study, storage=open_storage(args.storage, args.heartbeat)), args.alpha)
+    return 0
 
 
 def write_table(study: optuna.Study, alpha: float) -> bool:
@@ -749,9 +822,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="a sweeper that is silent for two of these is taken for dead (%(default)s)")  # fmt: skip
     add("--alpha", type=float, default=study_table.ALPHA, help="claim differences with p below this (%(default)s)")
     add("--compare", nargs=2, metavar=("A", "B"), help="two sides instead of a study: quoted words, as above")
-    add("--seeds", default="1-3", help="of --compare (%(default)s)")
+    add("--seeds", help="of --compare (1-3)")
     add("--steps", type=int, help="of --compare; default: ITERATIONS of its settings")
-    add("--claim", default="0.005,0.001", help="of --compare: differences to plan seeds for (%(default)s)")
+    add("--claim", help="of --compare: differences to plan seeds for (0.005,0.001)")
     own = list(arguments)
     command: list[str] = []
     if "--" in own:
@@ -759,6 +832,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         own = own[: own.index("--")]
     args = parser.parse_intermixed_args(own)
     args.command = command
+    for option in OWN_OPTIONS:
+        if option in command:
+            parser.error(f"{option} stands after --, where the command of a run begins: put it before")
     for name, least in (("trials", 1), ("gpus_per_trial", 0), ("heartbeat", 1), ("steps", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -780,10 +856,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return paired_runs.compare(args)
         if args.words or args.command:
             return sweep(args)
-        write_table(load_study(args.study, storage=open_storage(args.storage, args.heartbeat)), args.alpha)
-        return 0
+        return show_study(args)
     except LaunchError as error:
         print(f"sweep.py: error: {error}", file=sys.stderr)
+        return 2
+    except DATABASE_ERRORS as error:
+        print(f"sweep.py: error: the database of {hidden(args.storage)}: {cause_of(error)}", file=sys.stderr)
         return 2
 
 
