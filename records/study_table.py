@@ -173,10 +173,10 @@ class StudyTable:
         """Return what a reader of the table has to know."""
         lines = []
         if self.num_tests:
+            adjusted = f", adjusted for {self.num_tests} comparisons, of each with each (Holm 1979)"
             lines.append(
-                f"p: paired by seed, two-sided, adjusted for the {self.num_tests} comparisons of each with each "
-                f"(Holm 1979). An interval has {percent(1 - self.alpha)} confidence by itself, and does not know that "
-                "the best was chosen."
+                f"p: paired by seed, two-sided{adjusted if self.num_tests > 1 else ''}. An interval has "
+                f"{percent(1 - self.alpha)} confidence by itself, and does not know that the best was chosen."
             )
         if any(difference.verdict.startswith("not shown") for difference in self.differences.values()):
             lines.append(

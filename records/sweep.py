@@ -78,24 +78,10 @@ SPACE = "space"  # attribute of a study: what it varies
 COMMAND = "command"  # attribute of a study: with which it was begun
 NUM_TRIALS = "num_trials"  # attribute of a study: how many were queued; set when all are
 HOST = "host"  # attribute of a trial: the machine that has begun it
-TAKEN = (
-    "taken"  # attribute of a trial: its own number, once it has a heartbeat; a trial that goes on for it has another
-)
+TAKEN = "taken"  # attribute of a trial that has a heartbeat: its own number, which one that goes on for it has not
 SURPLUS = "surplus"  # attribute of a trial that was asked for when none was left
-
-
 DATABASE_ERRORS = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError)
-OWN_OPTIONS = (
-    "--study",
-    "--dry-run",
-    "--compare",
-    "--seeds",
-    "--steps",
-    "--trials",
-    "--sampler",
-    "--halving",
-    "--storage",
-)
+OWN_OPTIONS = "--study --dry-run --compare --seeds --steps --trials --sampler --halving --storage".split()
 
 
 # =================================================== what is varied ==================================================
@@ -525,7 +511,8 @@ class Job:
         result = read_result(self.process.folder, expected)
         self.trial.set_user_attr(RESULTS, self.results | {self.replicate: result._asdict()})
         self.results[self.replicate] = result._asdict()
-        self.sweep.note_seconds(time.monotonic() - self.process.begun)
+        if self.process.process:  # it was not there already
+            self.sweep.seconds.append(time.monotonic() - self.process.begun)
         self.process = None
         self.is_hopeless = False  # it was finished before it could be stopped
         print(f"{self}: {self.replicate} has {result.val_bpb:.5f} bits per byte", flush=True)
@@ -579,7 +566,7 @@ class Sweep:
         self.free = places(args.gpus_per_trial)
         self.num_places = len(self.free)
         self.jobs: list[Job] = []
-        self.seconds: list[float] = []  # of the runs so far
+        self.seconds: list[float] = []  # of the runs that it has done
         self.num_ended = 0  # trials with a score, or stopped as hopeless
         self.num_failed = 0
         self.signal = 0
@@ -710,10 +697,6 @@ class Sweep:
         losses[job.number] = loss
         kept = max(1, len(losses) // self.halving[1])
         return loss <= sorted(losses.values())[kept - 1]
-
-    def note_seconds(self, seconds: float) -> None:
-        """Take note of how long a run took."""
-        self.seconds.append(seconds)
 
     def outlook(self) -> str:
         """Return how many trials are done, and how long the others should take."""
