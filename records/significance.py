@@ -13,6 +13,7 @@ Where seeds are common, there is also the paired test: two-sided, with an interv
 from __future__ import annotations
 
 import argparse
+import bisect
 import json
 import math
 import re
@@ -162,7 +163,9 @@ def paired_seeds_needed(delta: float, std: float, alpha: float = ALPHA, power: f
     if not finite(std, "the standard deviation") > 0:
         raise ValueError(f"the standard deviation is {std}: it must be over 0")
     effect = finite(delta, "the difference") / std
-    return next((n for n in range(2, MAX_SEEDS + 1) if paired_power(n, effect, alpha) >= power), None)
+    counts = range(2, MAX_SEEDS + 1)  # the power grows with them
+    place = bisect.bisect_left(counts, power, key=lambda n: paired_power(n, effect, alpha))
+    return counts[place] if place < len(counts) else None
 
 
 def smallest_difference(n: int, std: float, alpha: float = ALPHA, power: float = POWER) -> float:
