@@ -837,7 +837,7 @@ def test_a_planted_difference_of_two_standard_deviations_is_found_and_none_is_no
 
 @pytest.mark.parametrize(("count", "seeds"), [(2, 3), (10, 3), (20, 5)])
 def test_of_many_configurations_that_are_alike_none_is_called_worse(count, seeds):
-    """0.05 of such studies may claim something: 20 of 200 are four standard deviations more. Adjusted for the
+    """0.05 of such studies may claim something: 20 of 200 are three standard deviations more. Adjusted for the
     comparisons with the best alone, it is 0.09 to 0.15 of those of 10 and 20 configurations."""
     random = np.random.default_rng(2)
     studies = (list(random.normal(1.12, 0.001, (count, seeds))) for _ in range(200))
