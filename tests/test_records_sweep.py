@@ -376,6 +376,22 @@ def test_a_sweep_that_has_lost_its_database_can_be_stopped_and_goes_on_when_it_i
         assert steps == list(range(1, 11))
 
 
+def test_a_database_that_fails_once_while_a_trial_begins_costs_no_place(sweeps, monkeypatch):
+    begin = sweep.Job.__init__
+    failures = []
+
+    def fail_once(job: sweep.Job, *arguments: object) -> None:
+        if not failures:
+            failures.append(1)
+            raise optuna.exceptions.StorageInternalError("connection lost")
+        begin(job, *arguments)
+
+    monkeypatch.setattr(sweep.Job, "__init__", fail_once)
+    monkeypatch.setattr(sweep, "RETRY_SECONDS", 0.1)
+    assert "connection lost" in sweeps.run("MATRIX_LR=0.01,0.02")
+    assert len(sweeps.rows()) == 2 and means(sweeps.rows()) == sweeps.recomputed()
+
+
 def test_a_trial_that_was_taken_over_is_left_and_its_run_stopped(sweeps):
     """As on a machine that slept: another sweeper has taken this one for dead, and queued its trial again."""
     process = sweeps.start("MATRIX_LR=0.02", "SEED=1,2", environment={"STEP_SECONDS": 0.2}, heartbeat=1000)
