@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from audit import sha256
 from significance import finite, load
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -101,15 +101,15 @@ def check_setting(name: str, text: str) -> Any:
         raise LaunchError(str(error)) from None
 
 
-def different_settings(expected: dict[str, str], found: dict[str, Any]) -> list[str]:
+def contradictions(expected: dict[str, str], found: dict[str, Any]) -> list[str]:
     """Return a line for each setting that a finished run has differently. Where things are does not count."""
     lines = []
     for name, text in expected.items():
         key = name.lower()
-        if key in t.FREE_SETTINGS or key in PATH_SETTINGS or text == "auto" or key not in found:
-            continue  # of an artifact, the content counts
-        if check_setting(name, text) != found[key]:
-            lines.append(f"{name}={found[key]}, not {text}")
+        if key in t.FREE_SETTINGS or key in PATH_SETTINGS or text == "auto":
+            continue  # of an artifact, the content counts; what was chosen for auto may stand there
+        if key not in found or check_setting(name, text) != found[key]:
+            lines.append(f"{name}={found.get(key, 'not set')}, not {text}")
     return lines
 
 
@@ -197,9 +197,9 @@ def read_result(folder: Path, expected: dict[str, str]) -> Result:
         size = int(finite(document.get("bytes_total"), "bytes_total"))
     except ValueError as error:
         raise LaunchError(str(error)) from None
-    different = different_settings(expected, settings)
+    different = contradictions(expected, settings)
     artifact = expected.get("EVAL_ONLY")
-    if artifact and document.get("artifact_sha256") != digest(artifact):
+    if artifact and document.get("artifact_sha256") != sha256(Path(artifact)):
         different.append(f"its artifact was not {artifact} as it is now")
     if different:
         raise LaunchError(
@@ -208,11 +208,6 @@ def read_result(folder: Path, expected: dict[str, str]) -> Result:
         )
     return Result(**numbers, steps=steps, train_seconds=train_seconds, calibration_seconds=calibration,
                   bytes_total=size, code_sha256=texts[0], machine=texts[1], run=str(folder))  # fmt: skip
-
-
-def digest(path: str) -> str:
-    """Return the SHA-256 of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def read_events(folder: Path, kind: str) -> list[dict[str, Any]]:

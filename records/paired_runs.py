@@ -148,7 +148,7 @@ def plan(args: argparse.Namespace) -> Comparison:
         raise LaunchError(
             f"{args.words[0]}: with --compare all settings belong to a side, in quotes: 'A.env {args.words[0]}'"
         )
-    for name in ("trials", "halving", "sampler", "gpus_per_trial", "retry_failed"):
+    for name in ("storage", "heartbeat", "trials", "halving", "sampler", "gpus_per_trial", "retry_failed"):
         if getattr(args, name):
             raise LaunchError(f"--{name.replace('_', '-')} is of a study, and has no effect on --compare")
     check_command(args.command, 0)
@@ -208,6 +208,10 @@ def run_id(comparison: Comparison, arm: str, replicate: str) -> str:
 
 def run_all(comparison: Comparison) -> int:
     """Run all that is missing. Return 0, or 1 where a run failed."""
+    if comparison.steps:
+        limits = {side.get("MAX_WALLCLOCK_SECONDS") for side in comparison.sides.values()} - {None, "0"}
+        told = f"; MAX_WALLCLOCK_SECONDS={limits.pop()} does not count" if limits else ""
+        print(f"{comparison.steps:,} steps a run, without a limit of time{told}", flush=True)
     for arm, replicate in comparison.order():
         is_needless = arm == "again" and comparison.repeats_itself
         if not is_needless and not run(comparison, arm, replicate):
@@ -231,7 +235,7 @@ def run(comparison: Comparison, arm: str, replicate: str) -> bool:
     process = Process(name, comparison.variables(arm, replicate), comparison.command, output, {})
     was_there = process.is_finished()
     if not was_there:
-        print(f"{name} begins", flush=True)
+        print(f"{name} begins, {process.folder}", flush=True)
     try:
         while process.poll() in ("running", "busy"):
             time.sleep(POLL_SECONDS)
@@ -356,15 +360,16 @@ def notes(comparison: Comparison, test: PairedTest, alpha: float, claims: Sequen
         )
     spread = summarize(list(comparison.scores("A").values()))
     if spread.n > 1:
-        lines.append(f"Noise: A has a standard deviation of {spread.std:.5f} over {spread.n} seeds, the differences ")
-        lines[-1] += f"one of {test.std:.5f}."
+        lines.append(
+            f"Noise: A has a standard deviation of {spread.std:.5f} over {spread.n} seeds, the differences one of "
+            f"{test.std:.5f}."
+        )
     if test.std and not math.isnan(test.std):
         shown = smallest_difference(test.n, test.std, alpha)
         lines.append(f"{test.n} seeds would show a difference of {shown:.5f} {POWER:.0%} of the time (p < {alpha}).")
         needed = {f"{claim:g}": paired_seeds_needed(claim, test.std, alpha) for claim in claims}
-        needed |= (
-            {f"{abs(test.mean):.5f}, as measured": paired_seeds_needed(test.mean, test.std, alpha)} if test.mean else {}
-        )
+        if test.mean:
+            needed[f"{abs(test.mean):.5f}, as measured"] = paired_seeds_needed(test.mean, test.std, alpha)
         texts = [f"{count or 'over 1000'} for {claim}" for claim, count in needed.items()]
         lines.append(f"Seeds needed for that: {'; '.join(texts)}.")
     everything = [result for results in comparison.results.values() for result in results.values()]

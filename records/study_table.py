@@ -5,6 +5,7 @@ As text, as CSV (of configurations and of runs), and as a page with figures in t
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import math
 import statistics
@@ -27,6 +28,7 @@ ALPHA = 0.05  # a difference is claimed below this p
 VALUES = "values"  # attribute of a trial: its dimensions, as the environment gets them
 RESULTS = "results"  # attribute of a trial: replicate -> result
 ERROR = "error"  # attribute of a trial: why it failed, or nothing
+LEAST_FOR_IMPORTANCE = 4  # complete configurations
 MOST_ROWS = 24  # of a figure
 LONGEST_LABEL = 36  # characters; longer ones have the values without their names
 STATES = {
@@ -199,22 +201,22 @@ class StudyTable:
         waiting = [c for c in self.rest if c.state in ("running", "waiting")]
         if waiting:
             lines.append(f"{len(waiting)} configurations have no score yet")
-        for name, value in self.importances().items():
+        for name, value in self.importances.items():
             lines.append(f"importance of {name}: {value:.2f}")
+        if len(self.dimensions) > 1 and not self.importances:
+            lines.append(f"importance of the dimensions: not before {LEAST_FOR_IMPORTANCE} complete configurations")
         return lines
 
+    @functools.cached_property
     def importances(self) -> dict[str, float]:
-        """Return dimension -> its share in what makes configurations good, by PED-ANOVA (Watanabe 2023); nothing where
-        there are too few of them."""
-        if len(self.dimensions) < 2 or len([c for c in self.scored if c.state == "complete"]) < 4:
+        """Dimension -> its share in what makes configurations good, by PED-ANOVA (Watanabe 2023). Nothing for a single
+        dimension, or where configurations are too few."""
+        if len(self.dimensions) < 2 or len(self.whole) < LEAST_FOR_IMPORTANCE:
             return {}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-            try:
-                return optuna.importance.get_param_importances(self.study, evaluator=evaluator)
-            except (ValueError, RuntimeError):
-                return {}
+            return optuna.importance.get_param_importances(self.study, evaluator=evaluator)
 
     def text(self) -> str:
         """Return the table as Markdown that is also readable as it is."""
@@ -355,9 +357,8 @@ def draw_all(table: StudyTable) -> list[report.Picture]:
     if table.scored:
         pictures.append(draw_scores(table))
         pictures += [draw_dimension(table, name) for name in table.dimensions]
-    importances = table.importances()
-    if importances:
-        pictures.append(draw_importances(importances))
+    if table.importances:
+        pictures.append(draw_importances(table.importances))
     halved = [c for c in [*table.scored, *table.rest] if c.losses]
     if halved:
         pictures.append(draw_halving(halved))

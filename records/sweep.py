@@ -43,6 +43,7 @@ except ImportError as missing:
     sys.exit(f"sweep.py: error: {missing}: pip install -r records/requirements.txt")
 
 import paired_runs
+from audit import sha256
 from launch import (
     LOGS,
     LaunchError,
@@ -51,7 +52,6 @@ from launch import (
     catch_signals,
     check_command,
     check_setting,
-    digest,
     join_settings,
     places,
     read_artifacts,
@@ -64,6 +64,8 @@ from study_table import ERROR, RESULTS, VALUES
 
 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of heartbeats, since 2021
 warnings.filterwarnings("ignore", "Heartbeat of storage")  # which `Sweep._beat` records
+DEFAULT_STORAGE = f"sqlite:///{LOGS}/sweeps.db"
+DEFAULT_HEARTBEAT = 30  # seconds
 POLL_SECONDS = 0.5  # between two looks at the runs
 IDLE_SECONDS = 2.0  # between two looks at the trials of other sweepers
 RETRY_SECONDS = 10.0  # between two tries where the database does not answer
@@ -119,7 +121,7 @@ class Space:
         words = {name: text for name, text in self.fixed.items() if name.lower() not in t.FREE_SETTINGS}
         words |= self.others | {name: describe(values) for name, values in self.dimensions.items()}
         replicates = [
-            f"{name} of {digest(settings['EVAL_ONLY'])[:16]}" if "EVAL_ONLY" in settings else name
+            f"{name} of {sha256(Path(settings['EVAL_ONLY']))[:16]}" if "EVAL_ONLY" in settings else name
             for name, settings in self.replicates.items()
         ]
         return words | {"replicates": ",".join(replicates)}
@@ -792,7 +794,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("words", nargs="*", metavar="SETTING", help="NAME=value, NAME=a,b,c, NAME=low..high[:log][:points], FILE.env")
     add("--study", help="name of the study, and begin of its runs' names")
-    add("--storage", default=f"sqlite:///{LOGS}/sweeps.db", help="database of the studies (%(default)s)")
+    add("--storage", help=f"database of the studies ({DEFAULT_STORAGE})")
     add("--sampler", choices=("grid", "random", "tpe"), help="default: grid, or tpe where there is a range")
     add("--trials", type=int, help="configurations that random and tpe draw (20); more of them go on with a study")
     add("--halving", metavar="STEP[:3]", help="stop all but the best third at this step, at 3 times it, and so on")
@@ -801,8 +803,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--gpus-per-trial", type=int, default=0, metavar="N", help="divide the GPUs, and run as many trials at once")
     add("--retry-failed", action="store_true", help="try again what has failed")
     add("--dry-run", action="store_true", help="print the commands, run nothing")
-    add("--heartbeat", type=int, default=30, metavar="SECONDS",
-        help="a sweeper that is silent for two of these is taken for dead (%(default)s)")  # fmt: skip
+    add("--heartbeat", type=int, metavar="SECONDS",
+        help=f"a sweeper that is silent for two of these is taken for dead ({DEFAULT_HEARTBEAT})")  # fmt: skip
     add("--alpha", type=float, default=study_table.ALPHA, help="claim differences with p below this (%(default)s)")
     add("--compare", nargs=2, metavar=("A", "B"), help="two sides instead of a study: quoted words, as above")
     add("--seeds", help="of --compare (1-3)")
@@ -837,6 +839,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.compare:
             return paired_runs.compare(args)
+        args.storage = args.storage or DEFAULT_STORAGE
+        args.heartbeat = args.heartbeat or DEFAULT_HEARTBEAT
         if args.words or args.command:
             return sweep(args)
         return show_study(args)

@@ -48,6 +48,7 @@ SECONDS = 120  # within which any study here ends
 STAND_IN = """
 import fcntl, hashlib, json, os, pathlib, random, signal, sys, time
 e = os.environ
+KNOBS = ("NUM_LAYERS", "MATRIX_LR", "SEED", "ITERATIONS", "MAX_WALLCLOCK_SECONDS")
 folder = pathlib.Path("logs") / e["RUN_ID"]
 if folder.exists() and e.get("RESUME") != "1":
     sys.exit(f"{folder} exists already")
@@ -82,7 +83,7 @@ result = {**result_of, "val_bpb": bpb, "val_loss": 2 * bpb, "seed": seed, "steps
           "train_seconds": steps * float(e.get("CLAIMED_SECONDS", 1)),
           "calibration_seconds": float(e.get("CLAIMED_CALIBRATION", 0)),
           "code_sha256": "0" * 64, "machine": "stand-in",
-          "settings": {"matrix_lr": rate, "seed": seed, "iterations": steps}}
+          "settings": {name.lower(): json.loads(e[name]) for name in KNOBS if name in e}}
 part = folder / "submission.json.part"
 part.write_text(json.dumps(result))
 part.rename(folder / "submission.json")
@@ -103,7 +104,8 @@ class Sweeps:
         self.command = [sys.executable, str(script)]
 
     def words(self, words: tuple[str, ...], command: list[str] | None = None, heartbeat: int = 1) -> list[str]:
-        return [*words, f"--heartbeat={heartbeat}", "--study", "s", "--", *(command or self.command)]
+        own = [] if "--compare" in words else [f"--heartbeat={heartbeat}"]
+        return [*words, *own, "--study", "s", "--", *(command or self.command)]
 
     def start(self, *words: str, environment: dict[str, object] | None = None, **options: object) -> subprocess.Popen:
         """Begins a sweeper as a process of its own."""
@@ -814,6 +816,7 @@ def test_a_comparison_goes_on_where_it_was_stopped_or_failed(sweeps):
         (["MATRIX_LR=1", "MATRIX_LR=2 RUN_ID=x", "--steps", "5"], "each run has its own"),
         (["MATRIX_LR=1", "'oops", "--steps", "5"], "No closing quotation"),
         (["MATRIX_LR=1", "MATRIX_LR=2", "--steps", "5", "--halving", "5"], "of a study"),
+        (["MATRIX_LR=1", "MATRIX_LR=2", "--steps", "5", "--storage", "sqlite:///x.db"], "of a study"),
     ],
 )
 def test_sides_that_do_not_compare_are_refused(words, told, capsys):
@@ -939,7 +942,7 @@ def test_the_page_is_shown_on_a_phone_and_a_desktop_in_light_and_dark(browser, t
 
 def test_the_page_tells_importance_and_what_was_stopped_and_failed(tmp_path):
     table = study_of_everything()
-    importances = table.importances()
+    importances = table.importances
     assert importances["MATRIX_LR"] > importances["LOADER"] and sum(importances.values()) == pytest.approx(1)
     notes = "\n".join(table.notes())
     assert "CUDA out of memory" in notes and notes.count("stopped 00") == 4
