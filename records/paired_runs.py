@@ -45,6 +45,7 @@ from significance import (
     load,
     paired,
     paired_seeds_needed,
+    percent,
     smallest_difference,
     summarize,
 )
@@ -308,7 +309,7 @@ def table(comparison: Comparison, alpha: float, claims: Sequence[float]) -> list
         tests[f"B - A at equal seconds: {comparison.equal_seconds_steps:,} steps of B"] = paired(
             differences(comparison, "seconds", "A"), alpha
         )
-    head = ["bits per byte", "seeds", "difference", f"{study_table.percent(1 - alpha)} interval", "p"]
+    head = ["bits per byte", "seeds", "difference", f"{percent(1 - alpha)} interval", "p"]
     rows = [row_of(name, test) for name, test in tests.items()]
     lines = [f"**{comparison.name}**", ""]
     lines += [f"{side}: {settings}  " for side, settings in different_settings(comparison).items()]
@@ -366,7 +367,9 @@ def notes(comparison: Comparison, test: PairedTest, alpha: float, claims: Sequen
         )
     if test.std and not math.isnan(test.std):
         shown = smallest_difference(test.n, test.std, alpha)
-        lines.append(f"{test.n} seeds would show a difference of {shown:.5f} {POWER:.0%} of the time (p < {alpha}).")
+        lines.append(
+            f"{test.n} seeds would show a difference of {shown:.5f} {percent(POWER)} of the time (p < {alpha})."
+        )
         needed = {f"{claim:g}": paired_seeds_needed(claim, test.std, alpha) for claim in claims}
         if test.mean:
             needed[f"{abs(test.mean):.5f}, as measured"] = paired_seeds_needed(test.mean, test.std, alpha)

@@ -79,6 +79,11 @@ def finite(value: Any, what: str) -> float:
     return number
 
 
+def percent(share: float) -> str:
+    """Returns a share as text, with all of its digits: 95%, 99.9%."""
+    return f"{100 * share:g}%"
+
+
 def summarize(values: Sequence[float]) -> Summary:
     """Returns mean, sample standard deviation (ddof = 1, nan with one value) and number of the values."""
     values = [finite(value, "a score") for value in values]
@@ -390,7 +395,7 @@ def show_paired(test: dict[str, Any] | None, alpha: float) -> list[str]:
         return []
     told = test["reason"]
     if test["p"] is not None:
-        told = f"{1 - alpha:.0%} interval {test['low']:+.8f} to {test['high']:+.8f}  p {test['p']:.4g}"
+        told = f"{percent(1 - alpha)} interval {test['low']:+.8f} to {test['high']:+.8f}  p {test['p']:.4g}"
     return [f"paired by the {test['n']} common seeds, two-sided: {test['mean']:+.8f}", f"    {told}"]
 
 

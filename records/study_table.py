@@ -22,7 +22,7 @@ from launch import LOGS, t
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
-from significance import POWER, PairedTest, holm, paired, paired_seeds_needed, summarize
+from significance import POWER, PairedTest, holm, paired, paired_seeds_needed, percent, summarize
 
 ALPHA = 0.05  # a difference is claimed below this p
 VALUES = "values"  # attribute of a trial: its dimensions, as the environment gets them
@@ -283,10 +283,6 @@ def incomparable(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 # =================================================== text ============================================================
-def percent(share: float) -> str:
-    return f"{100 * share:g}%"
-
-
 FORMS = {"bits per byte": ".5f", "std": ".5f", "from best": "+.5f", "p": ".3g", "steps": ",.0f", "bytes": ",.0f"}
 
 

@@ -478,7 +478,8 @@ class Job:
             missing = []
         if not missing:
             mean = statistics.mean(self.results[name]["val_bpb"] for name in space.replicates)
-            return self._end(f"{mean:.5f} bits per byte", value=mean)
+            told = ", of a trial with the same values: not run again" if twin else ""
+            return self._end(f"{mean:.5f} bits per byte{told}", value=mean)
         self.replicate = missing[0]
         self.rung = 0
         if self.replicate == next(iter(space.replicates)):

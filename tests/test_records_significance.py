@@ -529,6 +529,8 @@ def test_common_seeds_are_compared_by_seed_and_settings_that_differ_are_told(tmp
     assert s.main([*paths["a"], "--against", *paths["b"]]) == 0
     text = capsys.readouterr().out
     assert "paired by the 3 common seeds" in text and "does not pass" in text  # Welch's test sees the seeds' spread
+    assert s.main([*paths["a"], "--against", *paths["b"], "--alpha", "0.001"]) == 0
+    assert "99.9% interval" in capsys.readouterr().out
     assert "the candidate has TTT_LR 0.1, not 0.2" in text and "NOT one sample" not in text
     assert s.main([*paths["a"][:2], paths["b"][2]]) == 0
     assert "NOT one sample: the runs of the candidate differ in TTT_LR 0.1, 0.2" in capsys.readouterr().out

@@ -526,7 +526,8 @@ def test_tpe_draws_from_the_ranges_and_more_trials_go_on_with_a_study(sweeps):
 
 
 def test_values_that_are_drawn_again_are_not_run_again(sweeps):
-    sweeps.run("MATRIX_LR=0.01,0.02", "SEED=1,2", "--sampler", "tpe", "--trials", "6")
+    out = sweeps.run("MATRIX_LR=0.01,0.02", "SEED=1,2", "--sampler", "tpe", "--trials", "6")
+    assert out.count("not run again") == 6 - len(sweeps.starts()) / 2
     assert len(sweeps.trials()) == 6 and len(sweeps.starts()) <= 4 and len(sweeps.rows()) == len(sweeps.starts()) / 2
     ran = {number: mean for number, mean in sweeps.recomputed().items() if number in means(sweeps.rows())}
     assert means(sweeps.rows()) == ran
