@@ -71,6 +71,19 @@ report: .venv/tools ## draw runs, one page that needs no network: make report RU
 	$(if $(RUN),,@echo "make report needs RUN, folders of runs: make report RUN=logs/demo"; exit 2)
 	$(BIN)/python records/report.py $(RUN)
 
+watch: .venv/tools ## the same page while they run, at http://127.0.0.1:8765: make watch RUN=logs/demo PORT=8765
+	$(if $(RUN),,@echo "make watch needs RUN, folders of runs that go on or will begin: make watch RUN=logs/demo"; exit 2)
+	$(BIN)/python records/report.py $(RUN) --watch $(if $(PORT),--port $(PORT))
+
+sample: .venv/tools ## let a finished model write, and draw where it is good and bad: make sample RUN=logs/demo PROMPT="The list"
+	$(if $(RUN),,@echo "make sample needs RUN, the folder of a finished run: make sample RUN=logs/demo"; exit 2)
+	$(BIN)/python records/sample.py $(RUN) $(if $(PROMPT),--prompt "$(PROMPT)") --html
+
+estimate: setup ## parameters, bytes, memory, seconds of a run before it is paid for: make estimate CONFIG=pr1092
+	@test -z "$(CONFIG)" || ls $(CONFIG:%=records/env/%.env) > /dev/null 2>&1 || { echo "CONFIG=$(CONFIG): not of: $$(cd records/env && ls *.env | sed 's/.env//' | xargs)"; exit 2; }
+	$(call unix_text,$(CONFIG))
+	@set -a; for name in $(CONFIG); do source records/env/$$name.env || exit; done; ESTIMATE=1 $(BIN)/python train_gpt.py
+
 architecture: setup ## draw records/architecture.svg anew from the defaults of train_gpt.py
 	$(BIN)/python records/architecture.py
 
@@ -116,4 +129,4 @@ lint: .venv/test ## check style and types
 clean: ## remove what these commands made, except logs/
 	rm -rf .venv data/datasets/demo_sp1024 data/tokenizers/demo_1024_bpe.model .pytest_cache .ruff_cache
 
-.PHONY: help setup demo data verify-data train fidelity audit report architecture submission-demo bench bench-data test test-fast faults fuzz lint clean
+.PHONY: help setup demo data verify-data train fidelity audit report watch sample estimate architecture submission-demo bench bench-data test test-fast faults fuzz lint clean

@@ -238,7 +238,9 @@ class Hyperparameters:
         120.0, (0.0, 1e9), "seconds between the checkpoints of a training, for RESUME; 0: one at its end only"
     )
     fallback_dir = Knob("", None, "where results go when the run's folder is full; empty: the temporary folder")
+    tensorboard = Knob(False, None, "write TensorBoard's files, too, into the run's folder: tensorboard --logdir logs")
     audit = Knob(False, None, "prove that the finished run kept the rules: records/audit.py, compliance.json")
+    estimate = Knob(False, None, "only say what the run would take: parameters, bytes, memory, seconds, data, rules")
     smoke = Knob(False, None, "only run the untrained model on random tokens and print one line")
     # training
     iterations = Knob(20_000, (1, BIG), "maximum number of steps")
@@ -829,6 +831,7 @@ class Runtime:
         self.fallbacks: list[Path] = []  # the folders that are used then
         self.saved: dict[str, Path] = {}  # where `save` has put what
         self.files = []  # train.log and metrics.jsonl, on rank 0
+        self.board = TensorBoard() if h.tensorboard and self.rank == 0 else None
         self.dead_files = []  # that take no more lines
         self.stop_signal = 0  # the signal that has asked this run to end
         self.stop_time = 0.0
@@ -1183,6 +1186,8 @@ class Runtime:
             path = self.run_dir / name
             drop_half_line(path)
             self.files.append(path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace"))
+        if self.board is not None:
+            self.board.open(self.run_dir)
         return b""
 
     def log(self, line: str) -> None:
@@ -1209,8 +1214,14 @@ class Runtime:
         self.log(f"WARNING: {line}")
 
     def record(self, event: str, **fields: Any) -> None:
-        """Append a JSON line to metrics.jsonl."""
-        self._print(json.dumps({"event": event, **fields}), *self.files[1:])
+        """Append a JSON line to metrics.jsonl: what happened, when (seconds since 1970), and its numbers."""
+        self._print(json.dumps({"event": event, "time": round(time.time(), 3), **fields}), *self.files[1:])
+        if self.board is not None and self.run_dir is not None:
+            try:
+                self.board.add(event, fields)
+            except OSError as error:  # its disk is full, say: no run ends for a curve
+                self.board = None
+                self.warn(f"TensorBoard gets no more numbers: {os_error_line(error)}")
 
     def save(self, name: str, *pieces: bytes | memoryview) -> Path:
         """Write a result, which must not be lost, and return where it is: in the run's folder, or, where that takes
@@ -1294,9 +1305,14 @@ class Runtime:
         elif isinstance(error, Stopped):
             self.lifeline.is_armed = False
             self.log(f"stopped by {error}{self.how_to_resume()}")
-        elif not isinstance(error, UserError):
+            self.record("ended", reason=f"stopped by {error}")
+        elif isinstance(error, UserError):
+            self._print(f"ended by an error: {error}", *self.files[:1])  # the screen gets it last
+            self.record("ended", reason=str(error))
+        else:
             self.lifeline.wait_for_cause()
             self._keep_traceback(error)
+            self.record("ended", reason=repr(error))
             self.lifeline.tell_failure()
         self.lifeline.is_armed = False
         for number, handler in self.handlers.items():
@@ -1336,6 +1352,47 @@ SAVE_SECONDS = 1500.0  # for which it is tried; the other ranks wait for half an
 HEARTBEAT_SECONDS = 1.0
 SILENCE_SECONDS = 10.0  # from another process, after which it is gone
 ALIVE, BYE, GONE = b".", b"-", b"!"  # messages of a lifeline; others are 128 + the number of a signal
+
+
+class TensorBoard:
+    """Gives the numbers of events to TensorBoard: losses and rates by step, scores and bytes at the end, settings."""
+
+    SCALARS = ("train_loss", "lr_scale", "tokens_per_second")
+
+    def __init__(self):
+        require("tensorboard", "or unset TENSORBOARD")
+        self.writer_type = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+        self.step = 0  # the last one
+
+    def open(self, folder: Path) -> None:
+        """Write into a run's folder."""
+        self.folder = str(folder)
+        self.writer = self.writer_type(self.folder, flush_secs=15)
+
+    def add(self, event: str, fields: dict[str, Any]) -> None:
+        """Write what there is to see of an event. Raise OSError where that cannot be written."""
+        writer = self.writer
+        if event == "config":
+            settings = "\n".join(f"    {name.upper()}={value}" for name, value in fields.items())
+            writer.add_text("settings", settings)
+        elif event == "resumed":  # steps behind it were lost with the process, and come again
+            writer.close()
+            self.step = fields["step"]
+            self.writer = self.writer_type(self.folder, flush_secs=15, purge_step=self.step + 1)
+        elif event == "train":
+            self.step = fields["step"]
+            for name in self.SCALARS:
+                writer.add_scalar(f"train/{name}", fields[name], self.step)
+        elif event == "eval":
+            stage = "validation" if fields["stage"].startswith("step:") else fields["stage"]
+            step = int(fields["stage"][5:].split("/")[0]) if stage == "validation" else self.step
+            writer.add_scalar(f"{stage}/val_loss", fields["val_loss"], step)
+            writer.add_scalar(f"{stage}/val_bpb", fields["val_bpb"], step)
+        elif event == "final":
+            writer.add_scalar("final/val_bpb", fields["val_bpb"], self.step)
+            writer.add_scalar("final/bytes_total", fields["bytes_total"], self.step)
+        if event in ("eval", "final", "ended"):
+            writer.flush()
 
 
 class Lifeline:
@@ -1626,6 +1683,7 @@ class Progress:
         left = seconds * (self.total / self.done - 1)
         times = f"elapsed:{seconds:.0f}s left:{left:.0f}s"
         self.rt.log(f"{self.label}: {self.done:,}/{self.total:,} {rate} {times}{self.status()}")
+        self.rt.record("progress", label=self.label, done=self.done, total=self.total, seconds=seconds)
 
 
 def require(module: str, otherwise: str) -> Any:
@@ -3810,13 +3868,16 @@ def pick_kernels(run: Run) -> None:
         block.mlp.fused = fused[kind]
 
 
+# Of a training for each weight, beside it: gradients and their sum, momenta, two averages, and an update in progress.
+STATE_BYTES = 6 * 4
+
+
 def limit_rows(run: Run) -> None:
     """With MICRO_BATCH_TOKENS=auto, limit the sequences of a pass to what should fit into the GPU."""
     h, rt = run.h, run.rt
     if h.micro_batch_tokens != "auto" or rt.device.type != "cuda" or rt.keeps_rows:
         return
-    # Beside the weights there will be gradients and their sum, momenta, two averages, and an update in progress.
-    state = 6 * 4 * sum(p.numel() for p in run.model.parameters())
+    state = STATE_BYTES * sum(p.numel() for p in run.model.parameters())
     tokens = (0.85 * rt.least(rt.free_memory()) - state) / bytes_per_token(h, rt)
     widest = max(h.vocab_size, h.mlp_mult * h.model_dim)
     tokens = min(tokens, (2**31 - 1) / widest)  # larger tensors need 64-bit indices
@@ -5213,6 +5274,7 @@ def plan_evaluation(run: Run) -> None:
         parts += f", {h.ttt_epochs} epochs of {epoch:.1f}s"
         if h.ttt_mode == "score_first":
             parts += f" with steps of at most {h.ttt_lr * chunk_lr_scale(h, 0.0):g}"
+    rt.record("plan", scoring_seconds=scoring, epochs=h.ttt_epochs if epoch else 0, epoch_seconds=epoch)
     line = f"the final score will take about {total:.0f}s of EVAL_BUDGET_SECONDS={h.eval_budget_seconds:g}: {parts}"
     if total <= budget:
         rt.log(f"plan: {line}")
@@ -5731,10 +5793,17 @@ STAGES = {
 }
 
 
-def attach_auditor() -> None:
-    """Let records/audit.py watch the stages from outside, and add its proofs to the report."""
-    sys.path.insert(0, str(find_path("records/audit.py", "AUDIT").parent))
-    importlib.import_module("audit").Auditor(sys.modules[__name__])
+def load_tool(name: str) -> Any:
+    """Return the module records/<name>.py, which a setting of that name asks for. It knows this script as `t`."""
+    sys.path.insert(0, str(find_path(f"records/{name}.py", name.upper()).parent))
+    return importlib.import_module(name)
+
+
+def estimate(h: Hyperparameters) -> None:
+    """Print what a run with these settings would take. Of the data no more than a manifest is read, if it is there."""
+    if "data_path" in h.given:
+        h = apply_manifest(h)
+    load_tool("estimate").show(sys.modules[__name__], h)
 
 
 def leave(line: str, status: int) -> NoReturn:
@@ -5767,11 +5836,14 @@ def main() -> None:
         smoke(h)
         return
     if h.audit:
-        attach_auditor()
+        load_tool("audit").Auditor(sys.modules[__name__])
     decoded = None
     source = h.eval_only or h.export_only
     if source:
         h, decoded = load_artifact(find_path(source, "EVAL_ONLY" if h.eval_only else "EXPORT_ONLY"))
+    if h.estimate:
+        estimate(h)
+        return
     h = apply_manifest(h)
     with Runtime(h, launch) as rt:
         journal = Journal(h, rt)

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -170,7 +171,7 @@ def test_a_calibration_reads_training_shards_within_the_budget_that_it_reserves(
 ) -> None:
     run = make_run(max_wallclock_seconds=20.0, val_loss_every=0)
     clock = [0.0]
-    monkeypatch.setattr(t, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(t, "time", SimpleNamespace(perf_counter=lambda: clock[0], time=time.time))
 
     def mean_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         clock[0] += 1.0
@@ -248,7 +249,7 @@ def test_a_calibration_that_overruns_its_reserve_is_a_warning(
     lines: list[str] = []
     monkeypatch.setattr(run.rt, "log", lines.append)
     clock = iter((0.0, 3.0, 10.0, 13.5))
-    monkeypatch.setattr(t, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(t, "time", SimpleNamespace(perf_counter=lambda: next(clock), time=time.time))
     monkeypatch.setattr(t, "CALIBRATIONS", tuple(t.Calibration(name, 3.2, count_tokens) for name in ("a", "b")))
     t.calibrate(run)
     assert "WARNING" not in lines[0] and lines[0] == "calibration took 3.0s of 3.2s: a"
@@ -383,7 +384,7 @@ def test_a_trainers_clock_goes_on_from_the_seconds_that_were_spent(
 ) -> None:
     run = make_run(iterations=100, max_wallclock_seconds=20.0)
     clock = [100.0]
-    monkeypatch.setattr(t, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(t, "time", SimpleNamespace(perf_counter=lambda: clock[0], time=time.time))
     first = t.Trainer(run)
     first.start_clock()
     for _ in range(8):
@@ -509,7 +510,7 @@ def test_the_log_has_the_running_score_of_what_is_scored_so_far(
     lines: list[str] = []
     monkeypatch.setattr(run.rt, "log", lines.append)
     clock = iter(range(0, 100_000, 20))  # every look at the clock is 20 s after the one before
-    monkeypatch.setattr(t, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr(t, "time", SimpleNamespace(perf_counter=lambda: float(next(clock)), time=time.time))
     score = t.eval_val_ttt(run)
     running = [float(m[1]) for line in lines if (m := re.search(r"left:\d+s rank0_bpb:([\d.]+)$", line))]
     assert len(running) >= 3

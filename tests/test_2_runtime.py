@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -655,7 +656,8 @@ def test_two_processes_share_one_run_folder_in_which_rank_0_writes(two_ranks: Si
     (folder,) = (two_ranks.folder / "logs").iterdir()
     assert [result["run_dir"] for result in two_ranks.results] == [f"logs/{folder.name}"] * 2
     assert (folder / "train.log").read_text() == "said by 0\n" and two_ranks.stdout == "said by 0\n"
-    assert json.loads((folder / "metrics.jsonl").read_text()) == {"event": "event", "by": 0}
+    event = json.loads((folder / "metrics.jsonl").read_text())
+    assert event.pop("time") > 0 and event == {"event": "event", "by": 0}
     for result in two_ranks.results:  # all ranks stop, or those left over would wait for the others
         assert result["refused"].startswith(f"logs/{folder.name} exists already")
 
@@ -675,6 +677,7 @@ def test_a_run_has_a_folder_with_its_log_and_its_metrics(runtime: Callable, caps
     # Read while the run goes on: each line is there at once.
     assert (rt.run_dir / "train.log").read_text(encoding="utf-8") == "step:1/2 a — line\n"
     lines = [json.loads(line) for line in (rt.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert abs(lines[0].pop("time") - time.time()) < 60
     assert lines == [{"event": "eval", "stage": "raw", "val_bpb": 1.25}]
     assert capsys.readouterr().out == "before the folder\nstep:1/2 a — line\n"
 
@@ -727,7 +730,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 def test_progress_is_a_line_with_rate_elapsed_and_time_left(clock: Callable) -> None:
     lines: list[str] = []
-    progress = t.Progress(SimpleNamespace(rank=0, log=lines.append), "scoring", 10_000, "tok")
+    events: list[dict[str, Any]] = []
+    rt = SimpleNamespace(rank=0, log=lines.append, record=lambda event, **fields: events.append(fields))
+    progress = t.Progress(rt, "scoring", 10_000, "tok")
     for seconds, amount in ((10, 400), (15, 100), (20, 1500), (34, 500), (40, 2500), (100, 5000)):
         clock(seconds)
         progress.advance(amount)
@@ -735,6 +740,7 @@ def test_progress_is_a_line_with_rate_elapsed_and_time_left(clock: Callable) -> 
         "scoring: 2,000/10,000 100.0 tok/s elapsed:20s left:80s",  # not at 15 s: more has to pass
         "scoring: 5,000/10,000 125.0 tok/s elapsed:40s left:40s",  # 20 s after the line before it, not at 34 s
     ]  # and none at the end, which has lines of its own
+    assert events[0] == {"label": "scoring", "done": 2000, "total": 10_000, "seconds": 20} and len(events) == 2
 
 
 def test_several_processes_do_not_share_an_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -78,6 +79,8 @@ TURNS: dict[str, tuple] = {
     "checkpoint_every": (120.0, 5.0, "loop"),
     "fallback_dir": ("", "elsewhere", "machine"),
     "audit": (False, True, "main"),
+    "tensorboard": (False, True, "machine"),
+    "estimate": (False, True, "main"),
     "smoke": (False, True, "main"),
     "iterations": (24, 20, "schedule loop banner"),
     "max_wallclock_seconds": (600.0, 12.0, "schedule loop banner kept"),
@@ -250,7 +253,7 @@ def stage_machine(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, 
     patch.setattr(torch, "compile", lambda function, **options: "compiled")
     rt = t.Runtime(h)
     compiles = rt.compile(len) is not len
-    return {"machine": (rt.device, rt.dtype, compiles, rt.lag, rt.records_graphs, rt.fallback_dir)}
+    return {"machine": (rt.device, rt.dtype, compiles, rt.lag, rt.records_graphs, rt.fallback_dir, rt.board is None)}
 
 
 def stage_kernels(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -277,7 +280,7 @@ def stage_main(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, Any
     fake("evaluate", lambda run, averaged_bpb: (calls.append(run.train_shards), (SCORE, 1.0))[1])
     fake("reload", lambda run, path: (calls.append(path.name), {})[1])
     fake("calibrate", lambda run: ({}, {}))
-    for name in ("write_code", "banner", "preflight", "plan_evaluation", "train", "report", "smoke"):
+    for name in ("write_code", "banner", "preflight", "plan_evaluation", "train", "report", "estimate", "smoke"):
         fake(name, lambda *args: {})
     fake("export", lambda run: {"artifact": "final_model.bin"})
     patch.setattr(t, "bytes_to_write", lambda run: (0, 0))
@@ -335,7 +338,7 @@ def stage_train(h: t.Hyperparameters, patch: pytest.MonkeyPatch) -> dict[str, An
         schedule.append((lr_scale, momentum))
         return torch.ones(())
 
-    patch.setattr(t, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    patch.setattr(t, "time", SimpleNamespace(perf_counter=lambda: clock[0], time=time.time))
     patch.setattr(t, "Optimizer", lambda h, rt, model: SimpleNamespace(step=step, norms=torch.ones(0)))
     patch.setattr(t.Trainer, "update_averages", lambda *args: None)
     patch.setattr(t, "eval_val", lambda run: SCORE)

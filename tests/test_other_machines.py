@@ -336,7 +336,9 @@ def saving(make_run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     rt = make_run().rt
     clock, warnings, full = [0.0], [], {}
     monkeypatch.setattr(rt, "warn", warnings.append)
-    fake = SimpleNamespace(perf_counter=lambda: clock[0], sleep=lambda s: clock.__setitem__(0, clock[0] + s))
+    fake = SimpleNamespace(
+        time=time.time, perf_counter=lambda: clock[0], sleep=lambda s: clock.__setitem__(0, clock[0] + s)
+    )
     monkeypatch.setattr(t, "time", fake)
     monkeypatch.setattr(t.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "temporary" / prefix))
     write = t.write_atomically
@@ -648,7 +650,7 @@ def test_a_volume_that_fails_for_a_moment_is_asked_again(shard: t.Shard, monkeyp
 def test_a_slow_volume_is_waited_for_and_named(loader: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = loader()
     times = iter([0.0, 0.5, 1.0, 13.5, 20.0, 22.0, 90.0, 92.0])
-    monkeypatch.setattr(t, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    monkeypatch.setattr(t, "time", SimpleNamespace(perf_counter=lambda: next(times), time=time.time))
     for _ in range(4):
         steps.next_batch()
     assert steps.waited == 17.0 and len(steps.rt.warnings) == 2  # one a minute at most
