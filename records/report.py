@@ -2,6 +2,7 @@
 
     python records/report.py logs/demo                        # into logs/demo/report/
     python records/report.py logs/a logs/b logs/c --out page  # up to 24 runs on one page, into page/
+    python records/report.py logs/a --watch                   # while it runs: http://localhost:8765, always the latest
 
 The page is one file that opens from disk: no script, no request, readable on a phone and in dark mode. It shows what
 metrics.jsonl and final_model.bin of each run say, both only parsed; what is missing is named on the page. The same
@@ -10,6 +11,7 @@ files give the same bytes. Needs records/requirements.txt. Ends with status 2 wh
 from __future__ import annotations
 
 import argparse
+import base64
 import hashlib
 import html
 import io
@@ -78,6 +80,9 @@ FIELDS: dict[str, tuple[str, dict[str, type | tuple[type, ...]]]] = {
     "config": ("seed train_batch_tokens", {"machine": str}),
     "segment": ("number", {"stage": str}),
     "resumed": ("step seconds", {}),
+    "ended": ("", {"reason": str}),
+    "progress": ("done total seconds", {"label": str}),
+    "plan": ("scoring_seconds epochs epoch_seconds", {}),
     "train": ("step train_loss seconds", {}),
     "eval": ("val_loss val_bpb seconds", {"stage": str}),
     "stored": ("weights bits bytes", {"family": str}),
@@ -124,6 +129,7 @@ class Run:
     grids: dict[str, dict[str, Any]] = field(default_factory=dict)  # family -> what the log says of its grid
     notes: list[str] = field(default_factory=list)
     bytes_artifact: int = 0
+    events: list[dict[str, Any]] = field(default_factory=list)  # all of them, in their order
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -221,7 +227,7 @@ def read_run(folder: Path, name: str, index: int, alone: bool) -> Run:
     if not path.is_file():
         raise ReportError(f"{folder} has no metrics.jsonl: give the folder of a run, as logs/demo")
     events, notes = read_events(path)
-    run = Run(name, index, alone, notes=notes)
+    run = Run(name, index, alone, notes=notes, events=events)
     before: list[dict[str, Any]] = []  # the steps of earlier segments, of which a checkpoint may have kept some
     num_segments = 1
     for event in events:
@@ -271,7 +277,9 @@ def note_missing(run: Run, path: Path) -> None:
     """Reads the run's artifact where there is one, and notes what the run's files lack."""
     if not run.final:
         steps = f" after step {run.steps:,}" if run.train else ""
-        run.notes.append(f"unfinished: the log ends{steps}, without a final score")
+        ended = run.events[-1].get("reason") if run.events and run.events[-1]["event"] == "ended" else None
+        why = f": {ended}" if ended else ", without a final score"
+        run.notes.append(f"unfinished: the log ends{steps}{why}")
     if not path.is_file():
         other = run.config.get("eval_only")
         run.notes.append(f"no final_model.bin here{f', it scored {other}' if other else ''}: no bytes by family")
@@ -312,8 +320,8 @@ def read_parts(blob: bytes, source: str) -> list[Part]:
     return sorted(parts, key=lambda part: (order.index(part.family), part.bits))
 
 
-def read_runs(folders: list[str]) -> list[Run]:
-    """Returns the runs in the order given, under names that differ."""
+def read_runs(folders: list[str], missing_ok: bool = False) -> list[Run]:
+    """Returns the runs in the order given, under names that differ; with `missing_ok`, those that have begun."""
     if len(folders) > MOST_RUNS:
         raise ReportError(f"{len(folders)} runs are more than the {MOST_RUNS} that a page can tell apart: give fewer")
     paths = [Path(folder).resolve() for folder in folders]
@@ -322,7 +330,11 @@ def read_runs(folders: list[str]) -> list[Run]:
             raise ReportError(f"{path} is given twice: give each run once")
     short = [path.name for path in paths]
     names = [path.name if short.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in paths]
-    return [read_run(path, printable(names[i]), i, len(paths) == 1) for i, path in enumerate(paths)]
+    return [
+        read_run(path, printable(names[i]), i, len(paths) == 1)
+        for i, path in enumerate(paths)
+        if not missing_ok or (path / "metrics.jsonl").is_file()
+    ]
 
 
 def printable(text: Any) -> str:
@@ -797,8 +809,8 @@ def notes_html(runs: list[Run]) -> str:
     return f'<div class="card notes" role="note"><ul>{"".join(items)}</ul></div>' if notes else ""
 
 
-def page_html(runs: list[Run], pictures: dict[str, Picture]) -> str:
-    """Returns the whole page."""
+def page_html(runs: list[Run], pictures: dict[str, Picture], now: str = "", style: str = "", script: str = "") -> str:
+    """Returns the whole page; while runs are watched, with their state of now at its top, its style, and a script."""
     alone, figures = runs[0].alone, {name: figure_html(picture) for name, picture in pictures.items()}
     sections = {} if alone else {"Comparison": card(comparison_html(runs))}
     trained, stored = [run for run in runs if run.train], [run for run in runs if run.parts]
@@ -815,38 +827,46 @@ def page_html(runs: list[Run], pictures: dict[str, Picture]) -> str:
             sections[title] = figures[name] + card(rest(of))
     sections[f"Settings that are not defaults{'' if alone else ', the same in all runs'}"] = settings_html(runs)
     title = esc(runs[0].name) if alone else f"{len(runs)} runs"
-    head = notes_html(runs) + (tiles_html(runs[0]) if alone else "")
+    head = now + notes_html(runs) + (tiles_html(runs[0]) if alone else "")
     made = """Made by records/report.py from metrics.jsonl and final_model.bin of each run. Where a number is rounded,
 its element in the page's source has the exact value. The figures lie beside this page as PNGs."""
-    return whole_page(f"report of {'a run' if alone else 'runs'}", title, head, sections, made)
+    return whole_page(f"report of {'a run' if alone else 'runs'}", title, head, sections, made, style, script)
 
 
-def whole_page(of: str, title: str, head: str, sections: dict[str, str], made: str) -> str:
-    """Returns a page: what it is of, its title, what stands below that, title -> content of each section, and how it
-    was made; all as HTML. A section named Comparison takes the whole width, the others have two columns."""
+def whole_page(
+    of: str, title: str, head: str, sections: dict[str, str], made: str, style: str = "", script: str = ""
+) -> str:
+    """Returns a page: what it is of, its title, what stands below that, title -> content of each section, how it was
+    made, styles of its own, and a script that may ask the page's server; all as HTML. A section named Comparison takes
+    the whole width, the others have two columns."""
     main = "".join(
         f'<section><h2>{name}</h2><div class="{"" if name == "Comparison" else "grid"}">{inner}</div></section>'
         for name, inner in sections.items()
     )
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy += f"; script-src 'sha256-{digest}'; connect-src 'self'"
+        script = f"<script>{script}</script>\n"
     light, dark = (" ".join(f"--{name}: {pair[i]};" for name, pair in COLOURS.items()) for i in (0, 1))
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <title>{title} · Parameter Golf</title>
 <style>
 :root {{ color-scheme: light dark; {light} }}
-@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}{CSS}</style>
+@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}{CSS}{style}</style>
 </head>
 <body>
 <header><p class="muted">Parameter Golf, {of}</p><h1>{title}</h1>
 {head}</header>
 <main>{main}</main>
 <footer>{made}</footer>
-</body>
+{script}</body>
 </html>
 """
 
@@ -886,7 +906,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write a page, and PNGs, of the figures of runs.")
     parser.add_argument("runs", nargs="+", metavar="logs/RUN", help="folder of a run, with its metrics.jsonl")
     parser.add_argument("--out", type=Path, help="folder of the page; default: report/ in the first run's folder")
+    parser.add_argument("--watch", action="store_true", help="serve the page to this machine while the runs go on")
+    parser.add_argument("--port", type=int, default=8765, help="of --watch; 0 takes a free one (%(default)s)")
     given = parser.parse_args(arguments)
+    if given.watch:
+        import watch
+
+        return watch.main(given.runs, given.port)
     try:
         runs = read_runs(given.runs)
         paths = write_report(runs, given.out or Path(given.runs[0]) / "report")

@@ -703,13 +703,18 @@ return {
 """
 
 
-def look(browser: Any, page: Path, width: int, height: int, mode: str) -> dict[str, Any]:
-    """Opens a page at a size and in a mode, and returns what is measured there."""
+def show(browser: Any, url: str, width: int, height: int, mode: str) -> None:
+    """Opens a page at a size and in a mode."""
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     media = {"features": [{"name": "prefers-color-scheme", "value": mode}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    browser.get(page.as_uri())
+    browser.get(url)
+
+
+def look(browser: Any, page: Path, width: int, height: int, mode: str) -> dict[str, Any]:
+    """Opens a page at a size and in a mode, and returns what is measured there."""
+    show(browser, page.as_uri(), width, height, mode)
     return browser.execute_script(MEASURE)
 
 
