@@ -75,9 +75,11 @@ watch: .venv/tools ## the same page while they run, at http://127.0.0.1:8765: ma
 	$(if $(RUN),,@echo "make watch needs RUN, folders of runs that go on or will begin: make watch RUN=logs/demo"; exit 2)
 	$(BIN)/python records/report.py $(RUN) --watch $(if $(PORT),--port $(PORT))
 
+# PROMPT is text, of which neither make nor a shell reads a character: it goes through the environment.
+export PROMPT_TEXT := $(value PROMPT)
 sample: .venv/tools ## let a finished model write, and draw where it is good and bad: make sample RUN=logs/demo PROMPT="The list"
 	$(if $(RUN),,@echo "make sample needs RUN, the folder of a finished run: make sample RUN=logs/demo"; exit 2)
-	$(BIN)/python records/sample.py $(RUN) $(if $(PROMPT),--prompt "$(PROMPT)") --html
+	$(BIN)/python records/sample.py $(RUN) $(if $(value PROMPT),--prompt "$$PROMPT_TEXT") --html
 
 estimate: setup ## parameters, bytes, memory, seconds of a run before it is paid for: make estimate CONFIG=pr1092
 	@test -z "$(CONFIG)" || ls $(CONFIG:%=records/env/%.env) > /dev/null 2>&1 || { echo "CONFIG=$(CONFIG): not of: $$(cd records/env && ls *.env | sed 's/.env//' | xargs)"; exit 2; }

@@ -4,6 +4,7 @@
     python train_gpt.py                                                     # one GPU, an Apple GPU or a CPU
     RESUME=1 RUN_ID=<run> python train_gpt.py                               # go on with a run that was stopped
     EVAL_ONLY=logs/<run>/final_model.bin TTT_EPOCHS=50 python train_gpt.py  # score a finished model again
+    ESTIMATE=1 python train_gpt.py                                          # say what a run will take, and end
 
 Every setting is an environment variable, declared in `Hyperparameters`. The file follows a token:
 
@@ -450,6 +451,8 @@ class Hyperparameters:
             raise UserError(
                 f"GPTQ_ENABLED=1 moves errors into weights that PRUNE_FRAC={self.prune_frac} zeroes: use one"
             )
+        if self.smoke and self.estimate:
+            raise UserError("SMOKE and ESTIMATE are both set: use one of them")
         if self.eval_only and self.export_only:
             raise UserError("EVAL_ONLY and EXPORT_ONLY are both set: use one of them")
         if self.resume and not self.trains:
@@ -1186,8 +1189,7 @@ class Runtime:
             path = self.run_dir / name
             drop_half_line(path)
             self.files.append(path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace"))
-        if self.board is not None:
-            self.board.open(self.run_dir)
+        self._show_on_board(lambda board: board.open(self.run_dir))
         return b""
 
     def log(self, line: str) -> None:
@@ -1216,12 +1218,19 @@ class Runtime:
     def record(self, event: str, **fields: Any) -> None:
         """Append a JSON line to metrics.jsonl: what happened, when (seconds since 1970), and its numbers."""
         self._print(json.dumps({"event": event, "time": round(time.time(), 3), **fields}), *self.files[1:])
-        if self.board is not None and self.run_dir is not None:
-            try:
-                self.board.add(event, fields)
-            except OSError as error:  # its disk is full, say: no run ends for a curve
-                self.board = None
-                self.warn(f"TensorBoard gets no more numbers: {os_error_line(error)}")
+        if self.run_dir is not None:
+            self._show_on_board(lambda board: board.add(event, fields))
+
+    def _show_on_board(self, show: Callable[[TensorBoard], None]) -> None:
+        """Let TensorBoard's files have something. Where they cannot, as on a full disk, go on without: no run ends for
+        a curve."""
+        if self.board is None:
+            return
+        try:
+            show(self.board)
+        except OSError as error:
+            self.board = None
+            self.warn(f"TensorBoard gets no more numbers: {os_error_line(error)}")
 
     def save(self, name: str, *pieces: bytes | memoryview) -> Path:
         """Write a result, which must not be lost, and return where it is: in the run's folder, or, where that takes
@@ -3121,6 +3130,9 @@ def build_run(h: Hyperparameters, rt: Runtime, decoded: GPT | None = None) -> Ru
     return Run(h, rt, model, rt.compile(model.forward), rt.compile(model.token_nll), shards, val, shipped_code(h))
 
 
+POINT_SECONDS = 2.0  # between a training's numbers in metrics.jsonl, for curves: 300 in 600 s
+
+
 class Trainer:
     """The training step, and the state of a training in progress: weights, optimizer, averages, clock.
 
@@ -3143,6 +3155,7 @@ class Trainer:
         self.settled = 0.0  # `elapsed` after the second step: the first two pay for caches
         self.step_seconds = 0.0  # mean duration of a step
         self.last_line = 0.0  # `elapsed` at the last log line
+        self.last_point = 0.0  # `elapsed` at the last numbers in metrics.jsonl
         self.stop_signal = 0  # that all ranks know of
 
     def step(self, lr_scale: float, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -3264,10 +3277,16 @@ class Trainer:
             return
         self.check_step(step, numbers)
         loss = numbers[0]
+        rate = h.train_batch_tokens / self.step_seconds
         is_last = self.num_steps == h.iterations
-        if step <= 10 or step % h.train_log_every == 0 or is_last or self.elapsed - self.last_line > 30:
+        has_line = step <= 10 or step % h.train_log_every == 0 or is_last or self.elapsed - self.last_line > 30
+        if has_line:
             self.last_line = self.elapsed
-            self._log_step(step, loss, lr_scale)
+            self._log_step(step, loss, lr_scale, rate)
+        if has_line or self.elapsed - self.last_point > POINT_SECONDS:
+            self.last_point = self.elapsed
+            fields = {"seconds": self.elapsed, "tokens_per_second": rate, "lr_scale": lr_scale}
+            rt.record("train", step=step, train_loss=loss, **fields)
 
     def check_step(self, step: int, numbers: list[float]) -> None:
         """Raise UserError if a step's loss or gradient is not finite. States with such values are never kept."""
@@ -3285,18 +3304,15 @@ class Trainer:
         kept = f"; {kept} stay in {self.run.rt.run_dir}" if kept else ""
         raise UserError(f"step {step}: train_loss is {loss}{where}: {fix}{kept}")
 
-    def _log_step(self, step: int, loss: float, lr_scale: float) -> None:
-        h, rt = self.run.h, self.run.rt
-        rate = h.train_batch_tokens / self.step_seconds
+    def _log_step(self, step: int, loss: float, lr_scale: float, rate: float) -> None:
+        h = self.run.h
         seconds_left = (h.iterations - self.num_steps) * self.step_seconds
         budget = training_budget(h)
         if budget:
             seconds_left = max(0.0, min(seconds_left, budget - self.elapsed))
         times = f"train_time:{1000 * self.elapsed:.0f}ms step_avg:{1000 * self.step_seconds:.2f}ms tok/s:{rate:,.0f}"
         rest = f"lr_scale:{lr_scale:.4f} left:{seconds_left:.0f}s"
-        rt.log(f"step:{step}/{h.iterations} train_loss:{loss:.4f} {times} {rest}")
-        numbers = {"seconds": self.elapsed, "tokens_per_second": rate, "lr_scale": lr_scale}
-        rt.record("train", step=step, train_loss=loss, **numbers)
+        self.run.rt.log(f"step:{step}/{h.iterations} train_loss:{loss:.4f} {times} {rest}")
 
     def validate_if_due(self) -> None:
         """Log the validation score every VAL_LOSS_EVERY steps, with the clock stopped."""
@@ -3470,6 +3486,7 @@ def train(run: Run) -> dict[str, Any]:
     steps = trainer.num_steps
     step_avg_ms = 1000 * seconds / steps
     epochs = steps * h.train_batch_tokens / loader.num_tokens
+    rt.record("trained", steps=steps, seconds=seconds)
     rt.log(f"trained: steps:{steps} train_time:{1000 * seconds:.0f}ms step_avg:{step_avg_ms:.2f}ms epochs:{epochs:.4f}")
     log_score(rt, "raw", eval_val(run))
     rt.log(trainer.apply_average())
@@ -5801,7 +5818,7 @@ def load_tool(name: str) -> Any:
 
 def estimate(h: Hyperparameters) -> None:
     """Print what a run with these settings would take. Of the data no more than a manifest is read, if it is there."""
-    if "data_path" in h.given:
+    if Path(h.data_path).is_dir():
         h = apply_manifest(h)
     load_tool("estimate").show(sys.modules[__name__], h)
 
@@ -5842,7 +5859,8 @@ def main() -> None:
     if source:
         h, decoded = load_artifact(find_path(source, "EVAL_ONLY" if h.eval_only else "EXPORT_ONLY"))
     if h.estimate:
-        estimate(h)
+        if launch.rank == 0:
+            estimate(h)
         return
     h = apply_manifest(h)
     with Runtime(h, launch) as rt:

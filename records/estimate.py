@@ -9,9 +9,9 @@ card, taken from that. No prediction of time has been compared with a GPU yet.""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -23,8 +23,9 @@ FIGURES = Path(__file__).resolve().parent / "bench"  # copies of logs/bench/*.js
 SAMPLE_CODES = 2**17  # of each shape; the entropy of so many is within 0.1% of that of all
 # Bytes of the codes of a trained family, in units of those of normal rows: as measured, see records/README.md.
 TRAINED = {"attention": 1.0, "mlp": 0.987, "embedding": 1.012, "hash_table": 1.01, "projection": 1.0, "control": 1.0}
-FP16_BYTES = 1.85  # in the file, of a trained value in fp16
-UNCERTAINTY = 0.02
+# In the file, of a value in fp16: the exponents of a trained embedding repeat.
+FP16_BYTES = {"embedding": 1.83}
+UNCERTAINTY = 0.03  # the largest deviation of 16 real files from their estimates: records/README.md#estimates
 VALIDATION_BYTES = 151.06e6
 # Bytes of text for each token of the challenge's tokenizers, by log2 of the vocabulary: sp1024 by its 62,021,632
 # targets, sp4096 and sp8192 by what published runs report in nats a token and in bits per byte (PRs 1218, 1394).
@@ -85,7 +86,7 @@ def family_sizes(t: Any, h: Any, model: torch.nn.Module) -> list[FamilySize]:
         for name, parameter in own:
             bits = t.stored_bits(h, name)
             if bits == 16:
-                plain_bytes += FP16_BYTES * parameter.numel()
+                plain_bytes += FP16_BYTES.get(group.name, 2.0) * parameter.numel()
                 continue
             shape = (parameter.shape[1], bits)
             if shape not in known:
@@ -120,13 +121,13 @@ class Artifact(NamedTuple):
         return self.finest > self.budget
 
     @property
-    def num_bytes(self) -> float:
-        """The file's size with QUANT_FLOOR=auto."""
-        return min(self.finest, self.budget)
+    def can_fit(self) -> bool:
+        """Whether some grid fits: the coarsest that anybody has used leaves more than a bit for a code."""
+        return self.bits >= 1
 
     @property
     def step_ratio(self) -> float:
-        """How many times as wide the steps are as on the finest grid: a bit less for a code is twice as wide."""
+        """How many times as wide the steps are as on the finest grid. Twice the width saves a bit of each code."""
         return 2 ** max(0.0, self.finest_bits - self.bits)
 
 
@@ -154,7 +155,7 @@ def forward_work(h: Any, model: torch.nn.Module, kind: str) -> Work:
     forward and backward; or scoring, in which the last block has queries at the scored positions only.
 
     Two operations for each weight of a matrix product (the token embedding is one, as the head). Four of causal
-    attention for each channel, layer and key; half of the keys are in the past, on average.
+    attention for each channel, layer and key.
     """
     tables = ("ve_shared.embed.weight", "bigram.embed.weight", "skip_weights", "resid_mix")
     products = {n: 2 * p.numel() for n, p in model.named_parameters() if p.ndim == 2 and not n.endswith(tables)}
@@ -162,7 +163,9 @@ def forward_work(h: Any, model: torch.nn.Module, kind: str) -> Work:
     for name in products:
         if name.startswith("blocks."):
             products[name] *= runs[int(name.split(".")[1])]
-    attention = 4 * h.model_dim * h.train_seq_len / 2
+    length, reach = (h.window, h.reach) if kind == "scoring" else (h.train_seq_len, h.train_seq_len)
+    mean_keys = reach - reach**2 / (2 * length)  # of a position: half of them where it reaches back to the beginning
+    attention = 4 * h.model_dim * mean_keys
     num_layers = len(model.block_order)
     full_layers = float(num_layers)  # those that compute all positions
     if kind == "scoring" and h.stride < h.window:
@@ -208,10 +211,11 @@ class Machine:
 
 
 class Rates(NamedTuple):
-    """Seconds of a card for a token."""
+    """Seconds of a GPU, for a token but for the rest of a step."""
 
-    training: float  # forward and backward, without the rest of a step
-    scoring: float  # a position
+    training: float  # forward and backward
+    rest: float  # of a step beside its passes
+    scoring: float  # of a position
     adaptation: float
     source: str
 
@@ -223,56 +227,88 @@ def predicted_rates(h: Any, model: torch.nn.Module, card: Card) -> Rates:
     training += (1 + BACKWARD_ATTENTION) * work.attention / card.attention
     work = forward_work(h, model, "scoring")
     scoring = work.moved / card.bandwidth + work.products / card.products + work.attention / card.attention
-    return Rates(training, scoring, SMALL_PASS * training, "predicted, never measured")
+    rest = card.rest * sum(p.numel() for p in model.parameters()) / DEFAULT_PARAMETERS
+    source = "predicted, never measured"
+    slower = [f"{name.upper()}={getattr(h, name)}" for name in ("dtype", "compile") if getattr(h, name) != "auto"]
+    if h.dtype == "float32" or h.compile == "0":
+        source += f", for compiled passes in bfloat16: {' '.join(slower)} takes longer"
+    return Rates(training, rest, scoring, SMALL_PASS * training, source)
+
+
+class Measured(NamedTuple):
+    """A file of make bench."""
+
+    path: Path
+    date: str
+    h: Any  # its settings
+    figures: dict[str, float]
+
+    def work(self, t: Any, kind: str) -> float:
+        """Return the operations of a forward pass over a token."""
+        with torch.device("meta"):
+            work = forward_work(self.h, t.GPT(self.h), kind)
+        return work.products + work.attention
 
 
 def measured_rates(t: Any, h: Any, model: torch.nn.Module, card: Card) -> Rates | None:
-    """Return rates from the newest file of the card in records/bench/, in proportion to the operations where its
-    settings are others; or None where there is no such file."""
-    for path, table in newest_figures(t, card):
-        try:
-            rows = table["figures"]
-            names = [name for name in t.Hyperparameters.knobs(t.ModelKnob) if name in table["settings"]]
-            theirs = t.Hyperparameters(**{name: table["settings"][name] for name in names})
-            with torch.device("meta"):
-                their_model = t.GPT(theirs)
-            step = 1 / (float(rows["tokens/s, all processes"]) / processes_of(table["machine"]))
-            scoring = 1e-6 / float(rows["scoring, million positions/s"])
-            adaptation = 1e-6 * float(rows["adaptation, s per million tokens and epoch"])
-        except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-            raise no_figures(t, path, error) from None
-        ratio = training_flops(h, model) / training_flops(theirs, their_model)
-        ours, other = forward_work(h, model, "scoring"), forward_work(theirs, their_model, "scoring")
-        scoring_ratio = (ours.products + ours.attention) / (other.products + other.attention)
-        source = f"make bench, {table['date'][:10]}, {path.name}"
-        if ratio != 1:
-            source += f", times {ratio:.2f} for the operations"
-        return Rates(step * ratio, scoring * scoring_ratio, adaptation * ratio, source)
-    return None
+    """Return rates from the file of the card in records/bench/ whose settings are nearest, in proportion to the
+    operations; or None where there is no such file."""
+    ours = {kind: sum(forward_work(h, model, kind)[:2]) for kind in ("training", "scoring")}
+
+    def ratio(file: Measured, kind: str) -> float:
+        return ours[kind] / file.work(t, kind)
+
+    files = read_figures(t, card)
+    if not files:
+        return None
+    newest = sorted(files, key=lambda file: file.date, reverse=True)
+    nearest = min(newest, key=lambda file: abs(math.log(ratio(file, "training"))))
+    rows = nearest.figures
+    passes = rows["micro-batch forward, ms"] + rows["micro-batch backward, ms"]
+    rest = rows["whole step, ms"] - rows["micro-batches a step"] * passes
+    training = rows["micro-batches a step"] * passes / nearest.h.train_batch_tokens
+    scale = ratio(nearest, "training")
+    source = f"make bench, {nearest.date[:10]}, {nearest.path.name}"
+    if scale != 1:
+        source += f", times {scale:.2f} for the operations"
+    return Rates(
+        training=training / 1000 * scale,
+        rest=max(0.0, rest) / 1000 * scale,
+        scoring=1e-6 / rows["scoring, million positions/s"] * ratio(nearest, "scoring"),
+        adaptation=1e-6 * rows["adaptation, s per million tokens and epoch"] * scale,
+        source=source,
+    )
 
 
-def newest_figures(t: Any, card: Card) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield path and content of the files of make bench that are of such a card, the newest first."""
-    tables = []
+NEEDED_FIGURES = (
+    "micro-batch forward, ms",
+    "micro-batch backward, ms",
+    "micro-batches a step",
+    "whole step, ms",
+    "scoring, million positions/s",
+    "adaptation, s per million tokens and epoch",
+)
+
+
+def read_figures(t: Any, card: Card) -> list[Measured]:
+    """Return the files in records/bench/ that `make bench` wrote on one such card. Raise UserError for other files."""
+    found = []
     for path in sorted(FIGURES.glob("*.json")):
         try:
             table = json.loads(path.read_bytes())
-            if card.name in table["machine"]:
-                tables.append((table["date"], path, table))
+            machine = table["machine"]
+            if card.name not in machine or "processes:1 " not in machine:
+                continue
+            figures = {name: float(table["figures"][name]) for name in NEEDED_FIGURES}
+            if not all(math.isfinite(number) and number > 0 for number in figures.values()):
+                raise ValueError(f"a figure is not above 0: {figures}")
+            knobs = [*t.Hyperparameters.knobs(t.ModelKnob), "eval_stride", "eval_seq_len", "train_batch_tokens"]
+            settings = {name: table["settings"][name] for name in knobs if name in table["settings"]}
+            found.append(Measured(path, str(table["date"]), t.Hyperparameters(**settings), figures))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise no_figures(t, path, error) from None
-    for _, path, table in sorted(tables, key=lambda row: row[0], reverse=True):
-        yield path, table
-
-
-def no_figures(t: Any, path: Path, error: Exception) -> Exception:
-    """Return the error on a file that is not what make bench writes."""
-    return t.UserError(f"{path} has no figures of make bench ({error!r:.80}): remove it")
-
-
-def processes_of(machine: str) -> int:
-    """Return the number of processes in a Runtime's description of itself."""
-    return int(machine.split("processes:")[1].split()[0])
+            reason = repr(error).replace("\n", " ")
+            raise t.UserError(f"{path} is not what make bench writes ({reason:.120}): remove it") from None
+    return found
 
 
 class Plan(NamedTuple):
@@ -304,21 +340,36 @@ def plan_run(t: Any, h: Any, model: torch.nn.Module, card: Card) -> Plan:
     num_parameters = sum(p.numel() for p in model.parameters())
     memory = (4 + t.STATE_BYTES) * num_parameters + sequences * h.train_seq_len * t.bytes_per_token(h, machine)
     rates = measured_rates(t, h, model, card) or predicted_rates(h, model, card)
-    rest = 0.0 if rates.source.startswith("make") else card.rest * num_parameters / DEFAULT_PARAMETERS
-    step = h.train_batch_tokens / card.count * rates.training + rest
-    if h.gptq_enabled:
-        h.predicted_seconds["gptq"] = h.gptq_calibration_batches * step  # its passes are those of steps
-    num_steps = h.iterations
-    if h.max_wallclock_seconds:
-        num_steps = min(num_steps, max(1, int(t.training_budget(h) / step)))
-    num_batches, num_updates = t.count_passes(run)
-    scoring = num_batches * machine.max_rows["scoring"] * h.window * rates.scoring
-    share = min(h.ttt_batch_seqs * h.reach, h.ttt_chunk_tokens) / card.count
-    epoch = num_updates * share * rates.adaptation
-    epochs = h.ttt_epochs
+    step = h.train_batch_tokens / card.count * rates.training + rates.rest
+    scoring, epoch = evaluation_seconds(t, run, rates)
+    epochs = h.ttt_epochs if epoch else 0
     if epochs == "auto":
-        epochs = max(1, int(max(0.0, h.eval_budget_seconds - scoring) / epoch)) if epoch else 1
+        epochs = max(1, int(max(0.0, h.eval_budget_seconds - scoring) / epoch))
+    num_steps = steps_in_budget(t, h, step)
     return Plan(card, sequences, num_passes, memory, step, num_steps, scoring, epochs, epoch, rates.source)
+
+
+def steps_in_budget(t: Any, h: Any, step: float) -> int:
+    """Return the steps that a training takes; 0 where calibrations leave no time for one."""
+    if not h.max_wallclock_seconds:
+        return h.iterations
+    h = copy.copy(h)
+    if h.gptq_enabled:
+        h.predicted_seconds = {"gptq": h.gptq_calibration_batches * step}  # its passes are those of steps
+    try:
+        seconds = t.training_budget(h)
+    except t.UserError:
+        return 0
+    return min(h.iterations, max(1, int(seconds / step)))
+
+
+def evaluation_seconds(t: Any, run: Any, rates: Rates) -> tuple[float, float]:
+    """Return the seconds of scoring, and of an epoch of adaptation."""
+    h, machine = run.h, run.rt
+    num_batches, num_updates = t.count_passes(run)
+    positions = num_batches * machine.max_rows["scoring"] * h.window
+    share = min(h.ttt_batch_seqs * h.reach, h.ttt_chunk_tokens) / machine.world_size
+    return positions * rates.scoring, num_updates * share * rates.adaptation
 
 
 def validation_targets(h: Any) -> int:
@@ -330,16 +381,23 @@ def validation_targets(h: Any) -> int:
 
 # =================================================== showing =========================================================
 def broken_rules(t: Any, h: Any, artifact: Artifact, plan: Plan) -> list[str]:
-    """Return a line for each rule of the challenge that these settings would break on a card."""
+    """Return a line for each rule of the challenge, or limit of the card, that these settings would break."""
     lines = []
-    total = artifact.finest if h.quant_floor != "auto" else artifact.num_bytes
-    if artifact.bits < 1:
-        lines.append(f"size: {artifact.bits:.1f} bits are left for a code; make the model smaller")
-    elif h.quant_floor == 0 and total > artifact.budget:
-        lines.append(f"size: QUANT_FLOOR=0 makes {total / 1e6:.2f} MB, {artifact.budget / 1e6:.2f} are left: use auto")
+    if plan.memory > plan.card.memory and h.trains:
+        needed, there = plan.memory / 2**30, plan.card.memory / 2**30
+        lines.append(f"memory: {needed:.1f} GiB are needed on each GPU, which has {there:.1f}")
+    if h.trains and not artifact.can_fit:
+        lines.append(f"size: code + model cannot be {h.size_limit:,} bytes; make the model smaller")
+    elif h.trains and h.quant_floor == 0 and artifact.is_coarser:
+        sizes = f"{artifact.finest / 1e6:.2f} MB, {artifact.budget / 1e6:.2f} are left"
+        lines.append(f"size: QUANT_FLOOR=0 makes {sizes}: use auto")
     training = plan.num_steps * plan.step
-    if training > t.TRAIN_LIMIT_SECONDS:
+    if h.trains and not plan.num_steps:
+        lines.append(f"train: calibrations leave no step in MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g}")
+    elif h.trains and training > t.TRAIN_LIMIT_SECONDS:
         lines.append(f"train: {plan.num_steps:,} steps take {training:.0f} s of {t.TRAIN_LIMIT_SECONDS:.0f}")
+    if not h.trains:
+        lines.append("train: this does not train")
     if plan.evaluation > t.EVAL_LIMIT_SECONDS:
         lines.append(f"eval: the final score takes {plan.evaluation:.0f} s of {t.EVAL_LIMIT_SECONDS:.0f}")
     if h.ttt_enabled and h.ttt_mode == "pre":
@@ -357,17 +415,27 @@ def describe(t: Any, h: Any) -> list[str]:
     sizes = family_sizes(t, h, model)
     artifact = predict_artifact(h, sizes, len(code))
     plans = [plan_run(t, h, model, card) for card in CARDS]
-    changed = [f"{n.upper()}={getattr(h, n)}" for n, k in h.knobs().items() if getattr(h, n) != k.default]
-    changed = [text for text in changed if not text.startswith("ESTIMATE=")]
-    lines = [f"estimate of {', '.join(changed) or 'the defaults'}; nothing is trained, no data is read", ""]
-    lines += describe_bytes(sizes, artifact, h.quant_floor, len(code))
+    lines = [f"estimate of {' '.join(changed_settings(h)) or 'the defaults'}", ""]
+    if "data_path" in h.given and not Path(h.data_path).is_dir():
+        lines[0] += f"; {h.data_path} is not there, so its manifest is not read: VOCAB_SIZE={h.vocab_size} is assumed"
+    lines += describe_bytes(t, h, sizes, artifact, len(code))
     lines += ["", *describe_work(h, model)]
     for plan in plans:
         lines += ["", *describe_plan(t, h, plan, artifact)]
     return lines
 
 
-def describe_bytes(sizes: list[FamilySize], artifact: Artifact, quant_floor: Any, num_code_bytes: int) -> list[str]:
+def changed_settings(h: Any) -> list[str]:
+    """Return NAME=value for the settings that are no defaults, as one may type them."""
+    changed = []
+    for name, knob in h.knobs().items():
+        value = getattr(h, name)
+        if value != knob.default and name != "estimate":
+            changed.append(f"{name.upper()}={int(value) if isinstance(value, bool) else value}")
+    return changed
+
+
+def describe_bytes(t: Any, h: Any, sizes: list[FamilySize], artifact: Artifact, num_code_bytes: int) -> list[str]:
     """Return the lines on parameters and bytes."""
     num_parameters = sum(size.num_weights for size in sizes)
     lines = [
@@ -380,14 +448,19 @@ def describe_bytes(sizes: list[FamilySize], artifact: Artifact, quant_floor: Any
     deviation = UNCERTAINTY * artifact.finest
     lines.append(f"{'together':<12}{num_parameters:>14,}{'':>27}{artifact.finest:>14,.0f}   ± {deviation:,.0f}")
     room = f"{artifact.budget:,} bytes are left beside {num_code_bytes:,} of code"
-    if quant_floor != "auto":
-        size = f"that of QUANT_FLOOR={quant_floor:g} depends on how large the weights get, and is not foreseen"
-        if quant_floor == 0:
+    if h.eval_only:
+        size = t.find_path(h.eval_only, "EVAL_ONLY").stat().st_size
+        return [*lines, f"artifact: {h.eval_only} has {size:,} bytes; {room}"]
+    if h.quant_floor != "auto":
+        size = f"that of QUANT_FLOOR={h.quant_floor:g} depends on how large the weights get, and is not foreseen"
+        if h.quant_floor == 0:
             size = f"QUANT_FLOOR=0 is this grid: {artifact.finest / 1e6:.2f} MB"
         return [*lines, f"artifact: {room}; {size}"]
+    if not artifact.can_fit:
+        return [*lines, f"artifact: {room}, too few for any grid"]
     if not artifact.is_coarser:
-        lines.append(f"artifact: {artifact.finest / 1e6:.2f} MB; {room}, so the finest grid fits")
-        return lines
+        how = "which may be too few" if artifact.finest + deviation > artifact.budget else "so the finest grid fits"
+        return [*lines, f"artifact: {artifact.finest / 1e6:.2f} MB; {room}, {how}"]
     lines.append(f"artifact: {room}, so QUANT_FLOOR=auto fills them: {artifact.bits:.2f} bits for a code, not")
     lines.append(f"          {artifact.finest_bits:.2f}, by steps that are {artifact.step_ratio:.2f} times as wide")
     return lines
@@ -406,26 +479,37 @@ def describe_work(h: Any, model: torch.nn.Module) -> list[str]:
 
 def describe_plan(t: Any, h: Any, plan: Plan, artifact: Artifact) -> list[str]:
     """Return the lines on a card."""
+    lines = [f"{plan.card.title}: {plan.source}"]
+    if h.trains:
+        lines += describe_training(h, plan)
+    score = f"{plan.scoring:.3g} s of scoring"
+    if plan.epoch:
+        score += f" and {count(plan.epochs, 'epoch')} of {plan.epoch:.3g} s, {plan.evaluation:.3g} s together"
+    rules = broken_rules(t, h, artifact, plan)
+    lines.append(f"  score:  {score}")
+    lines.append(f"  rules:  {'; '.join(rules) or 'none would be broken, as far as can be foreseen'}")
+    return lines
+
+
+def describe_training(h: Any, plan: Plan) -> list[str]:
+    """Return the lines on steps and data."""
     num_tokens = plan.num_steps * h.train_batch_tokens
     shards = math.ceil(num_tokens / SHARD_TOKENS)
-    passes = f"{plan.num_passes} passes of {plan.sequences} x {h.train_seq_len} tokens on each GPU"
-    training = f"{plan.num_steps:,} steps in {plan.num_steps * plan.step:.0f} s, {num_tokens / 1e9:.2f} billion tokens"
-    data = f"{shards} shards of 100 million tokens, {shards * 0.2:.1f} GB"
+    passes = f"{count(plan.num_passes, 'pass', 'passes')} of {plan.sequences} x {h.train_seq_len} tokens on each GPU"
+    data = f"{count(shards, 'shard')} of 100 million tokens, {shards * 0.2:.1f} GB"
     if shards > PUBLISHED_SHARDS:
         epochs = num_tokens / PUBLISHED_SHARDS / SHARD_TOKENS
         data += f"; {PUBLISHED_SHARDS} are fetched by default, and would be read {epochs:.1f} times"
-    score = f"{plan.scoring:.0f} s of scoring"
-    if plan.epoch:
-        score += f" and {plan.epochs} epochs of {plan.epoch:.1f} s"
-    rules = broken_rules(t, h, artifact, plan)
     return [
-        f"{plan.card.title}: {plan.source}",
-        f"  step:   {1000 * plan.step:.0f} ms, {passes}, {plan.memory / 2**30:.1f} GiB of memory each",
-        f"  train:  {training}",
+        f"  step:   {1000 * plan.step:.3g} ms, {passes}, {plan.memory / 2**30:.1f} GiB of memory each",
+        f"  train:  {count(plan.num_steps, 'step')} in {plan.num_steps * plan.step:.3g} s, {num_tokens:,} tokens",
         f"  data:   {data}",
-        f"  score:  {score}, {plan.evaluation:.0f} s together",
-        f"  rules:  {'; '.join(rules) or 'none would be broken, as far as can be foreseen'}",
     ]
+
+
+def count(number: int, singular: str, plural: str = "") -> str:
+    """Return a number with its noun."""
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
 def show(t: Any, h: Any) -> None:

@@ -80,6 +80,7 @@ FIELDS: dict[str, tuple[str, dict[str, type | tuple[type, ...]]]] = {
     "config": ("seed train_batch_tokens", {"machine": str}),
     "segment": ("number", {"stage": str}),
     "resumed": ("step seconds", {}),
+    "trained": ("steps seconds", {}),
     "ended": ("", {"reason": str}),
     "progress": ("done total seconds", {"label": str}),
     "plan": ("scoring_seconds epochs epoch_seconds", {}),
@@ -91,8 +92,11 @@ FIELDS: dict[str, tuple[str, dict[str, type | tuple[type, ...]]]] = {
         {"kind": str, "compliant": bool, "rule_breaks": dict, "code_sha256": str},
     ),
 }
+LATEST = 2.5e11  # seconds since 1970, in the year 9892: what calendars here can show
 # Numbers that an event need not have: an older log, a run without training, values that are not quantized.
 OPTIONAL = {
+    "config": "iterations max_wallclock_seconds eval_budget_seconds warmdown_frac warmdown_iters train_seq_len",
+    "train": "lr_scale",
     "final": "steps train_seconds calibration_seconds export_seconds preflight_seconds load_seconds "
     "eval_seconds_strict",
     "stored": "clip error",
@@ -131,6 +135,10 @@ class Run:
     bytes_artifact: int = 0
     events: list[dict[str, Any]] = field(default_factory=list)  # all of them, in their order
 
+    def last(self, *kinds: str) -> dict[str, Any]:
+        """Returns the last event of these kinds, or an empty one."""
+        return next((event for event in reversed(self.events) if event["event"] in kinds), {})
+
     @property
     def settings(self) -> dict[str, Any]:
         """Returns all settings but those of a run's own: an audit comes after the score and changes nothing of it."""
@@ -147,11 +155,13 @@ class Run:
 
     @property
     def steps(self) -> int | None:
-        return self.final.get("steps", self.train[-1]["step"] if self.train else None)
+        trained = self.last("trained").get("steps", self.train[-1]["step"] if self.train else None)
+        return self.final.get("steps", trained)
 
     @property
     def train_seconds(self) -> float | None:
-        return self.final.get("train_seconds", self.train[-1]["seconds"] if self.train else None)
+        trained = self.last("trained").get("seconds", self.train[-1]["seconds"] if self.train else None)
+        return self.final.get("train_seconds", trained)
 
     def ladder(self) -> dict[str, float]:
         """Returns stage -> bits per byte of the stages that this run has, in their order."""
@@ -197,6 +207,10 @@ def check_event(event: Any, where: str) -> dict[str, Any]:
     for name in [*numbers.split(), *(n for n in OPTIONAL.get(kind, "").split() if n in event)]:
         if type(event.get(name)) not in (int, float) or not abs(event[name]) < 1e15:
             raise ReportError(f"{where}: {name} of event {kind} is {event.get(name)!r:.60}, a number is needed")
+        if event[name] < 0 and name in ("step", "steps", "seconds"):
+            raise ReportError(f"{where}: {name} of event {kind} is {event[name]}, and cannot be below 0")
+    if "time" in event and not (type(event["time"]) in (int, float) and 0 <= event["time"] < LATEST):
+        raise ReportError(f"{where}: time of event {kind} is {event['time']!r:.60}, seconds since 1970 are needed")
     for name, wanted in others.items():
         if not isinstance(event.get(name), wanted):
             raise ReportError(f"{where}: {name} of event {kind} is {event.get(name)!r:.60}, which is of another type")
@@ -326,6 +340,8 @@ def read_runs(folders: list[str], missing_ok: bool = False) -> list[Run]:
         raise ReportError(f"{len(folders)} runs are more than the {MOST_RUNS} that a page can tell apart: give fewer")
     paths = [Path(folder).resolve() for folder in folders]
     for path in paths:
+        if path.is_file():
+            raise ReportError(f"{path} is a file: give the folder of a run, as logs/demo")
         if paths.count(path) > 1:
             raise ReportError(f"{path} is given twice: give each run once")
     short = [path.name for path in paths]
@@ -907,12 +923,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", metavar="logs/RUN", help="folder of a run, with its metrics.jsonl")
     parser.add_argument("--out", type=Path, help="folder of the page; default: report/ in the first run's folder")
     parser.add_argument("--watch", action="store_true", help="serve the page to this machine while the runs go on")
-    parser.add_argument("--port", type=int, default=8765, help="of --watch; 0 takes a free one (%(default)s)")
+    parser.add_argument("--port", type=int, help="of --watch; 0 takes a free one (8765)")
     given = parser.parse_args(arguments)
+    if given.watch and given.out:
+        parser.error("--watch writes no page, so --out has no effect: leave one of them out")
+    if given.port is not None and not given.watch:
+        parser.error("--port is of --watch: leave it out, or add that")
     if given.watch:
         import watch
 
-        return watch.main(given.runs, given.port)
+        return watch.main(given.runs, 8765 if given.port is None else given.port)
     try:
         runs = read_runs(given.runs)
         paths = write_report(runs, given.out or Path(given.runs[0]) / "report")

@@ -234,12 +234,11 @@ def validation_html(scored: list[Scored], vocabulary: Vocabulary) -> dict[str, s
     return sections | shown | {"Validation text from its beginning": card(text_html(beginning, vocabulary))}
 
 
-def write(given: argparse.Namespace, samples: list[Sample]) -> Path:
-    """Write the page of the samples, with validation text where that can be found, and return its path."""
+def write(given: argparse.Namespace, samples: list[Sample], path: Path) -> None:
+    """Write the page of the samples, with validation text where that can be found."""
     h, model = read_model(given.model)
     vocabulary = Vocabulary(h)
     folder = given.model if given.model.is_dir() else given.model.parent
-    path = folder / "text.html" if given.html is True else Path(given.html)
     how = f"temperature {given.temperature:g}, top-p {given.top_p:g}, seed {given.seed}"
     sections = {"Samples": samples_html(samples, vocabulary, how)}
     head = scale_html()
@@ -256,4 +255,3 @@ def write(given: argparse.Namespace, samples: list[Sample]) -> Path:
     made = "Made by records/sample.py from the artifact. The model's guesses for a piece stand under the mouse."
     page = report.whole_page("text of a model", esc(folder.resolve().name), head, sections, made, STYLE)
     t.write_atomically(path, page.encode())
-    return path

@@ -6,6 +6,7 @@ drawn when a log has grown and somebody looks, in at most a tenth of the time, s
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import socket
@@ -83,7 +84,6 @@ class State(NamedTuple):
     """What a run does now."""
 
     doing: str
-    is_over: bool
     bars: list[Bar]
     says: list[str]  # HTML
 
@@ -91,37 +91,34 @@ class State(NamedTuple):
 def state_of(run: Run, others: list[Run], now: float) -> State:
     """Return what a run does at a time, in seconds since 1970, from its events."""
     if not run.events:
-        return State("not begun: there is no line in its log yet", False, [], [])
+        return State("not begun: there is no line in its log yet", [], [])
     last = run.events[-1]
-    bars = [bar for bar in (training_bar(run), scoring_bar(run), size_bar(run)) if bar is not None]
+    bars = [bar for bar in (training_bar(run), scoring_bar(run, now), size_bar(run)) if bar is not None]
     if run.final:
-        return State("finished", True, bars, [])
+        return State("finished", bars, [])
     if last["event"] == "ended":
-        return State(f"ended: {last['reason']}", True, bars, [])
+        return State(f"ended: {last['reason']}", bars, [])
     says = []
     silence = now - last.get("time", now)
-    doing = phase_of(run)
     if silence > SILENT_SECONDS:
         minutes = f"{silence / 60:.0f} minutes" if silence > 90 else f"{silence:.0f} s"
         says.append(f"<b>No line for {minutes}</b>: the process may be dead, or compiling, or paused.")
     else:
         says += expectations(forecast(run, others, now))
-    return State(doing, False, bars, says)
+        if last["event"] == "progress" and last["done"] and "time" in last:
+            left = last["seconds"] * (last["total"] / last["done"] - 1)
+            says.append(f"This should be done at {clock(last['time'] + left)}.")
+    return State(phase_of(run), bars, says)
 
 
 def phase_of(run: Run) -> str:
     """Return what a run that goes on is doing, from the last event that tells."""
-    step = (
-        f"step {run.steps:,} of at most {run.config['iterations']:,}"
-        if run.train and "iterations" in run.config
-        else ""
-    )
     for event in reversed(run.events):
         kind = event["event"]
         if kind == "progress":
             return f"{event['label']}: {event['done'] / max(1, event['total']):.0%}"
         if kind in ("train", "checkpoint") or kind == "eval" and event["stage"].startswith("step:"):
-            return f"training, {step}" if step else "training"
+            return f"training, step {run.steps:,} of at most {run.config['iterations']:,}"
         if kind == "eval":
             following = {"raw": "scoring the averaged weights", "averaged": "exporting"}
             return following.get(event["stage"], "computing the final score")
@@ -137,6 +134,7 @@ def training_bar(run: Run) -> Bar | None:
     if not run.train:
         return None
     last, config = run.train[-1], run.config
+    last = last | {name: value for name, value in run.last("train", "resumed").items() if name in ("step", "seconds")}
     parts = {}
     if config.get("iterations"):
         parts[f"{last['step']:,} of {config['iterations']:,} steps"] = last["step"] / config["iterations"]
@@ -146,22 +144,28 @@ def training_bar(run: Run) -> Bar | None:
     if not parts:
         return None
     text, part = max(parts.items(), key=lambda item: item[1])
-    if any(name in run.scores for name in ("raw", "quantized")):
+    if run.last("trained") or any(name in run.scores for name in ("raw", "quantized")):
         return Bar("training", f"{run.train_seconds:,.0f} s, {run.steps:,} steps", 1.0)
     return Bar("training", text, min(1.0, part))
 
 
-def scoring_bar(run: Run) -> Bar | None:
-    """Return how much of the final score's budget it takes: what it took, has taken so far, or is planned to take."""
+def scoring_bar(run: Run, now: float) -> Bar | None:
+    """Return how much of the final score's budget it took, has taken so far, or is planned to take."""
     budget = run.config.get("eval_budget_seconds") or t.EVAL_LIMIT_SECONDS
-    plans = [event for event in run.events if event["event"] == "plan"]
+    plan = run.last("plan")
+    begins = "sliding" if run.config.get("eval_ladder") else "quantized"  # the score before it
+    label = "final score"
     if run.final:
         seconds = run.final["eval_seconds"]
-        return Bar("final score", f"{seconds:,.0f} of {budget:,.0f} s", min(1.0, seconds / budget))
-    if not plans:
+    elif begins in run.scores and "time" in run.scores[begins]:
+        label += ", so far"
+        seconds = now - run.scores[begins]["time"]
+    elif plan:
+        label += ", planned"
+        seconds = plan["scoring_seconds"] + plan["epochs"] * plan["epoch_seconds"]
+    else:
         return None
-    planned = plans[-1]["scoring_seconds"] + plans[-1]["epochs"] * plans[-1]["epoch_seconds"]
-    return Bar("final score, planned", f"{planned:,.0f} of {budget:,.0f} s", min(1.0, planned / budget))
+    return Bar(label, f"{seconds:,.0f} of {budget:,.0f} s", min(1.0, seconds / budget))
 
 
 def size_bar(run: Run) -> Bar | None:
@@ -182,7 +186,8 @@ def expectations(expected: Forecast | None) -> list[str]:
         return []
     lines = [f"Training should end at {clock(expected.training_ends)}, at step {num(expected.last_step)}"]
     if expected.score_is_there:
-        lines[0] += f"; the score should be there at {clock(expected.score_is_there)}, export not counted"
+        lines[0] += f"; the score should be there at {clock(expected.score_is_there)}"
+        lines[0] += ", export and the scores before it not counted"
     lines[0] += "."
     if expected.loss is not None:
         lines.append(
@@ -193,8 +198,10 @@ def expectations(expected: Forecast | None) -> list[str]:
 
 
 def clock(seconds: float) -> str:
-    """Return the time of day."""
-    return f"{datetime.fromtimestamp(seconds):%H:%M:%S}"
+    """Return the time of day, with the date where it is not today."""
+    moment = datetime.fromtimestamp(seconds)
+    is_today = moment.date() == datetime.fromtimestamp(time.time()).date()
+    return f"{moment:%H:%M:%S}" if is_today else f"{moment:%H:%M:%S on %Y-%m-%d}"
 
 
 def bar_html(bar: Bar) -> str:
@@ -225,6 +232,8 @@ class Watch:
         self.lock = threading.Lock()
         self.files: list[tuple] = []  # of the page
         self.page = page_of([], {})
+        self.trouble = ""  # why it is not newer
+        self.started = time.time_ns()  # tells its versions from those of an earlier server at this address
         self.version = 0
         self.runs: list[Run] = []
         self.waiting: list[str] = []
@@ -245,18 +254,19 @@ class Watch:
         """Return the state of now; and the page, unless its version is the one that was seen."""
         with self.lock:
             is_rested = time.monotonic() - self.drawn >= REST * self.draw_seconds
-            files = self.look()
-            trouble = ""
-            if files != self.files and is_rested:
-                try:
-                    self.draw(files)
-                except (report.ReportError, t.UserError, OSError) as error:  # the page stays as it was
-                    trouble = card(f"<p>{esc(error)}</p>")
-            now = trouble + now_html(self.runs, self.waiting, time.time())
-            page = None if seen == str(self.version) else self.page
-            return {"version": str(self.version), "now": now, "page": page}
+            try:
+                files = self.look()
+                if files != self.files and is_rested:
+                    self.files = files
+                    self.draw()
+                    self.trouble = ""
+            except (report.ReportError, t.UserError, OSError) as error:  # the page stays as it was
+                self.trouble = card(f"<p>Below is what could be read before: {esc(error)}</p>")
+            now = self.trouble + now_html(self.runs, self.waiting, time.time())
+            version = f"{self.started}-{self.version}"
+            return {"version": version, "now": now, "page": None if seen == version else self.page}
 
-    def draw(self, files: list[tuple]) -> None:
+    def draw(self) -> None:
         """Read the runs that are there, and draw the page."""
         started = time.monotonic()
         self.waiting = [folder for folder in self.folders if not (Path(folder) / "metrics.jsonl").is_file()]
@@ -269,7 +279,6 @@ class Watch:
             matplotlib.rcParams.update(report.LOOK)
             pictures = report.draw_all([run for run in self.runs if run.config])
             self.page = page_of(self.runs, pictures)
-        self.files = files
         self.version += 1
         self.drawn = time.monotonic()
         self.draw_seconds = self.drawn - started
@@ -319,7 +328,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def open_server(folders: list[str], port: int) -> http.server.ThreadingHTTPServer:
-    """Return a server of the page of folders. Raise ReportError where the port is taken."""
+    """Return a server of the page of folders. Raise ReportError for folders that cannot be runs, and where the port is
+    taken."""
+    report.read_runs(folders, missing_ok=True)
+    if not 0 <= port <= 65_535:
+        raise report.ReportError(f"--port {port} is none: give a number from 0, which takes a free one, to 65535")
     handler = type("WatchHandler", (Handler,), {"watch": Watch(folders)})
     try:
         server = http.server.ThreadingHTTPServer((ADDRESS, port), handler)
@@ -334,14 +347,17 @@ def main(folders: list[str], port: int) -> int:
     """Serve until Ctrl-C."""
     try:
         server = open_server(folders, port)
-    except (report.ReportError, OverflowError) as error:
+    except (report.ReportError, OSError) as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         return 2
     port = server.server_port
     tunnel = f"ssh -L {port}:{ADDRESS}:{port} {socket.gethostname()}"
     print(f"watching at http://{ADDRESS}:{port} until Ctrl-C; from elsewhere by way of: {tunnel}", flush=True)
-    try:
+    for folder in folders:
+        if not Path(folder).is_dir():
+            print(f"{folder} is not there yet: it is waited for", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
-    except KeyboardInterrupt:
-        print("\nstopped watching; the runs go on")
+    with contextlib.suppress(BrokenPipeError):
+        print("\nstopped watching; the runs go on", flush=True)
     return 0

@@ -29,10 +29,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "records")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from estimate import training_flops  # noqa: E402
 
 import train_gpt as t  # noqa: E402
 
@@ -41,18 +42,6 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 
 BYTES_A_WEIGHT = 0.589  # of the full model's 26,993,756 parameters in 16,000,000 bytes with a packed script of 95 kB
 # What records/env/bench.env sets of these is the size for machines without a GPU.
 SIZES = {"num_layers", "model_dim", "num_heads", "num_kv_heads", "train_seq_len", "train_batch_tokens"}
-
-
-def training_flops(h: t.Hyperparameters, model: torch.nn.Module) -> float:
-    """Returns the operations of the model's function for a training token: three times those of the forward pass.
-
-    Two for each weight of a matrix product (the token embedding is one, as the head), and of causal attention four for
-    each channel, layer and key; on average half the keys are in the past.
-    """
-    tables = ("ve_shared.embed.weight", "bigram.embed.weight", "skip_weights", "resid_mix")
-    products = [p.numel() for name, p in model.named_parameters() if p.ndim == 2 and not name.endswith(tables)]
-    attention = 4 * h.num_layers * h.model_dim * h.train_seq_len / 2
-    return 3 * (2 * sum(products) + attention)
 
 
 def spread_rows(w: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, TINY, wake
+from conftest import ROOT, SMALL, TINY
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as t
@@ -46,7 +45,7 @@ def test_bytes_of_normal_weights_are_those_of_their_real_file(
     codec: str, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(estimate, "TRAINED", dict.fromkeys(estimate.TRAINED, 1.0))
-    monkeypatch.setattr(estimate, "FP16_BYTES", 2.0)
+    monkeypatch.setattr(estimate, "FP16_BYTES", {})
     h = t.Hyperparameters(
         **TINY | {"model_dim": 256, "vocab_size": 1024, "num_layers": 2, "mlp_bits": bits, "attn_bits": bits,
                   "embed_bits": bits, "bigram_bits": bits, "compressor": codec}
@@ -76,17 +75,40 @@ def test_a_trained_model_takes_the_bytes_that_were_predicted(
     assert abs(predicted / json.loads((folder / "submission.json").read_text())["bytes_model"] - 1) < 0.05
 
 
+REAL_SIZES = (  # of records/env/bench.env after 60 and 300 steps on the challenge's data: records/README.md#estimates
+    ({}, 981_261, 964_848),
+    ({"mlp_bits": 5}, 941_355, 919_641),
+    ({"mlp_bits": 5, "attn_bits": 5, "embed_bits": 7}, 869_970, 855_686),
+    ({"embed_bits": 16}, 1_201_064, 1_201_036),
+    ({"compressor": "lzma"}, 979_770, 966_784),
+    ({"compressor": "rans"}, 968_917, 960_700),
+    ({"mlp_bits": 4, "compressor": "rans"}, 865_103, 856_654),
+)
+
+
+@pytest.mark.parametrize(("changes", "after_60", "after_300"), REAL_SIZES)
+def test_the_estimate_is_near_the_real_files_that_it_was_compared_with(
+    changes: dict, after_60: int, after_300: int
+) -> None:
+    settings = {"num_layers": 4, "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "train_seq_len": 256}
+    h = t.Hyperparameters(**settings | changes)
+    predicted = sum(size.num_bytes for size in estimate.family_sizes(t, h, meta_model(h)))
+    for real in (after_60, after_300):
+        assert abs(predicted / real - 1) < 0.02, predicted
+    assert abs(predicted / math.sqrt(after_60 * after_300) - 1) < 0.015
+
+
 def test_what_does_not_fit_on_the_finest_grid_fills_the_budget() -> None:
     h = t.Hyperparameters()
     sizes = estimate.family_sizes(t, h, meta_model(h))
     artifact = estimate.predict_artifact(h, sizes, num_code_bytes=95_000)
-    assert artifact.is_coarser and artifact.num_bytes == artifact.budget == 15_905_000
+    assert artifact.is_coarser and artifact.can_fit and artifact.budget == 15_905_000
     codes = sum(size.num_codes for size in sizes)
     rest = sum(size.num_bytes - size.code_bytes for size in sizes)
     assert artifact.bits * codes / 8 + rest == pytest.approx(artifact.budget)
     assert math.log2(artifact.step_ratio) == pytest.approx(artifact.finest_bits - artifact.bits)
     small = estimate.predict_artifact(t.Hyperparameters(), sizes[:1], 0)
-    assert not small.is_coarser and small.num_bytes == small.finest and small.step_ratio == 1
+    assert not small.is_coarser and small.step_ratio == 1
 
 
 # ---------------------------------------------------------------------------------------------------- operations
@@ -97,15 +119,23 @@ def test_operations_of_products_are_those_that_torch_counts(changes: dict) -> No
     h = t.Hyperparameters(**TINY | changes)
     model = t.GPT(h)
     ids = torch.zeros(2, h.train_seq_len, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.forward_logits(ids)
     counted = counter.get_flop_counts()["Global"]
-    products = sum(count for op, count in counted.items() if "attention" not in str(op))
+    products = counted.pop(torch.ops.aten.mm) + counted.pop(torch.ops.aten.addmm, 0)
     work = estimate.forward_work(h, model, "training")
     assert work.products * ids.numel() == products
-    attention = sum(count for op, count in counted.items() if "attention" in str(op))
-    if attention:  # torch counts all keys, half of which are in the future
-        assert work.attention * ids.numel() == attention / 2
+    # Of attention by its definition, torch counts all keys, half of which are in the future.
+    assert work.attention * ids.numel() == sum(counted.values()) / 2 > 0
+
+
+@pytest.mark.parametrize(("length", "reach"), [(64, 64), (128, 64), (256, 64)])
+def test_attention_in_scoring_is_that_to_the_keys_within_reach(length: int, reach: int) -> None:
+    h = t.Hyperparameters(**TINY | {"train_seq_len": 64, "eval_seq_len": length, "eval_attn_window": reach})
+    h.stride = h.window  # all positions are scored
+    keys = sum(min(position + 1, reach) for position in range(length)) / length
+    attention = estimate.forward_work(h, meta_model(h), "scoring").attention
+    assert attention == pytest.approx(4 * h.model_dim * h.num_layers * keys, rel=1.1 / reach)
 
 
 def test_operations_of_scoring_leave_out_what_the_last_block_leaves_out() -> None:
@@ -178,45 +208,66 @@ def test_passes_are_those_that_a_run_makes_with_this_memory() -> None:
 
 
 def test_the_predictions_are_those_of_the_readme() -> None:
-    """78 ms with FlashAttention 3 on 8 H100s, 540 ms on an H200; 55 s and 400 s of scoring."""
+    """78 ms with FlashAttention 3 on 8 H100s, 540 ms on an H200; 55 s and 400 s of scoring; 8 s an epoch on 8 H100s."""
     h = t.Hyperparameters()
     h100, h200 = (estimate.plan_run(t, h, meta_model(h), card) for card in estimate.CARDS)
     assert abs(h100.step - 0.078) < 0.003 and abs(h200.step - 0.540) < 0.015
     assert abs(h100.scoring - 55) < 5 and abs(h200.scoring - 400) < 10
-    assert "never measured" in h100.source
+    assert abs(h100.epoch - 8) < 0.5 and "never measured" in h100.source
 
 
-def write_figures(folder: Path, h: t.Hyperparameters, **changes: object) -> None:
-    """Writes a file as make bench does."""
+def write_figures(path: Path, h: t.Hyperparameters, **changes: object) -> None:
+    """Writes a file as make bench does: 8 passes of 60 ms, 20 ms of rest."""
     table = {
         "machine": "device:cuda (NVIDIA H100 80GB HBM3) processes:1 dtype:bfloat16", "date": "2026-12-01 10:00",
         "settings": h.values(), "samples_ms": {},
-        "figures": {"tokens/s, all processes": 1_000_000.0, "scoring, million positions/s": 4.0,
+        "figures": {"micro-batch forward, ms": 20.0, "micro-batch backward, ms": 40.0, "micro-batches a step": 8,
+                    "whole step, ms": 500.0, "scoring, million positions/s": 4.0,
                     "adaptation, s per million tokens and epoch": 0.9},
     }  # fmt: skip
-    folder.mkdir(exist_ok=True)
-    (folder / "a.json").write_text(json.dumps(table | changes))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(table | changes))
 
 
-def test_what_was_measured_on_a_card_takes_the_place_of_predictions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(estimate, "FIGURES", tmp_path / "bench")
+    return tmp_path / "bench"
+
+
+def test_what_was_measured_on_a_card_takes_the_place_of_predictions(bench: Path) -> None:
     h = t.Hyperparameters()
-    write_figures(tmp_path / "bench", h)
+    write_figures(bench / "a.json", h)
     h100, h200 = (estimate.plan_run(t, h, meta_model(h), card) for card in estimate.CARDS)
-    assert h100.step == pytest.approx(h.train_batch_tokens / 8 / 1e6)
+    assert h100.step == pytest.approx(0.480 / 8 + 0.020)  # the rest of a step is not shared by the GPUs
     assert h100.source == "make bench, 2026-12-01, a.json" and "never measured" in h200.source
+    assert h100.scoring == pytest.approx(estimate.validation_targets(h) * 32 / 4e6 / 8, rel=0.001)
+
+
+def test_of_several_files_the_one_with_the_nearest_settings_is_taken(bench: Path) -> None:
+    full, small = t.Hyperparameters(), t.Hyperparameters(num_layers=2, model_dim=128)
+    write_figures(bench / "full.json", full)
+    write_figures(bench / "small.json", small, date="2026-12-24 10:00")
+    write_figures(bench / "eight.json", full, machine="device:cuda (NVIDIA H100 80GB HBM3) processes:8 dtype:bfloat16")
     deep = t.Hyperparameters(num_layers=22)
-    ratio = estimate.training_flops(deep, meta_model(deep)) / estimate.training_flops(h, meta_model(h))
-    deep_plan = estimate.plan_run(t, deep, meta_model(deep), estimate.CARDS[0])
-    assert deep_plan.step == pytest.approx(h100.step * ratio) and f"times {ratio:.2f}" in deep_plan.source
-    write_figures(tmp_path / "bench", h, figures={"tokens/s, all processes": "fast"})
-    with pytest.raises(t.UserError, match=r"a\.json has no figures of make bench"):
+    ratio = estimate.training_flops(deep, meta_model(deep)) / estimate.training_flops(full, meta_model(full))
+    plan = estimate.plan_run(t, deep, meta_model(deep), estimate.CARDS[0])
+    assert plan.step == pytest.approx((0.480 / 8 + 0.020) * ratio)
+    assert "full.json" in plan.source and f"times {ratio:.2f}" in plan.source
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{}", "[]", '{"machine": 3}', None, math.nan, 0.0])
+def test_a_file_that_make_bench_did_not_write_is_refused(bench: Path, content: str | float | None) -> None:
+    h = t.Hyperparameters()
+    write_figures(bench / "a.json", h)
+    if isinstance(content, str):
+        (bench / "a.json").write_text(content)
+    else:
+        figures = dict.fromkeys(estimate.NEEDED_FIGURES, 1.0) | {"whole step, ms": content}
+        write_figures(bench / "a.json", h, figures=figures)
+    with pytest.raises(t.UserError, match=r"a\.json is not what make bench writes") as error:
         estimate.plan_run(t, h, meta_model(h), estimate.CARDS[0])
-    (tmp_path / "bench" / "a.json").write_text("[" * 100_000)
-    with pytest.raises(t.UserError, match=r"a\.json has no figures of make bench"):
-        estimate.plan_run(t, h, meta_model(h), estimate.CARDS[0])
+    assert len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize(
@@ -233,14 +284,20 @@ def test_what_was_measured_on_a_card_takes_the_place_of_predictions(
         ({"quant_floor": 0.0}, "size"),
         ({"quant_floor": 0.0, "mlp_bits": 5, "attn_bits": 5}, None),
         ({"model_dim": 2048, "num_heads": 32, "num_kv_heads": 16, "iterations": 10}, "size"),
+        ({"model_dim": 8192, "num_layers": 60, "num_heads": 64, "num_kv_heads": 8}, "memory"),
+        ({"micro_batch_tokens": 10**9, "train_batch_tokens": 8 * 786_432}, "memory"),
+        ({"size_limit": 1000}, "size"),
+        ({"gptq_enabled": True, "max_wallclock_seconds": 0.5}, "train"),
+        ({"gptq_enabled": True}, None),
     ],
 )
 def test_a_broken_rule_is_foreseen(settings: dict, rule: str | None) -> None:
     h = t.Hyperparameters(**settings)
     lines = estimate.describe(t, h)
-    rules = next(line for line in lines[::-1] if line.startswith("  rules:") and lines.index(line) < len(lines))
-    of_h100 = next(line for line in lines if line.startswith("  rules:"))
-    assert rules and (f"{rule}:" in of_h100 if rule else "none would be broken" in of_h100), of_h100
+    of_h100, of_h200 = (line for line in lines if line.startswith("  rules:"))
+    assert f"{rule}: " in of_h100 if rule else "none would be broken" in of_h100, of_h100
+    if rule in ("order", "data"):
+        assert f"{rule}: " in of_h200
 
 
 # ---------------------------------------------------------------------------------------------------- as a user
@@ -256,10 +313,13 @@ def test_it_needs_no_data_and_writes_nothing(tmp_path: Path) -> None:
     assert "estimate of MLP_MULT=4.0" in done.stdout and "8 x H100: predicted, never measured" in done.stdout
     assert list(tmp_path.iterdir()) == []
     done = subprocess.run(
-        command, env=environment | {"ESTIMATE": "1", "DATA_PATH": "nowhere"}, cwd=tmp_path, text=True,
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(t.CODE)],
+        env=environment | {"ESTIMATE": "1", "DATA_PATH": "nowhere", "EVAL_LADDER": "1"}, cwd=tmp_path, text=True,
         capture_output=True,
     )  # fmt: skip
-    assert done.returncode == 1 and re.fullmatch(r"train_gpt.py: error: DATA_PATH=nowhere.*\n", done.stderr)
+    assert (
+        done.returncode == 0 and done.stdout.count("estimate of DATA_PATH=nowhere EVAL_LADDER=1; nowhere is not") == 1
+    )
 
 
 def test_an_artifact_and_a_manifest_say_what_the_model_is(
@@ -269,10 +329,12 @@ def test_an_artifact_and_a_manifest_say_what_the_model_is(
     monkeypatch.setenv("EVAL_STRIDE", "32")
     monkeypatch.setenv("EVAL_ONLY", str(audited / "final_model.bin"))
     t.main()
-    assert "NUM_LAYERS=2, MODEL_DIM=32" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    size = (audited / "final_model.bin").stat().st_size
+    assert "NUM_LAYERS=2 MODEL_DIM=32" in out and f"has {size:,} bytes" in out
+    assert "train: this does not train" in out and "  step:" not in out
     monkeypatch.delenv("EVAL_ONLY")
-    data = copy.copy(corpus)
-    monkeypatch.setenv("DATA_PATH", str(data.data_path))
+    monkeypatch.setenv("DATA_PATH", str(corpus.data_path))
     t.main()
     assert "estimate of DATA_PATH" in capsys.readouterr().out
 
@@ -285,12 +347,3 @@ def test_a_script_without_its_tools_says_so(tmp_path: Path) -> None:
         [sys.executable, str(alone)], env=environment | {"ESTIMATE": "1"}, cwd=tmp_path, text=True, capture_output=True
     )
     assert done.returncode == 1 and "ESTIMATE=records/estimate.py" in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_weights_awake_are_not_needed(tiny) -> None:  # noqa: ANN001
-    """The estimate of a model is of its shapes: other weights, the same lines."""
-    h = tiny()
-    model = t.GPT(h)
-    before = estimate.family_sizes(t, h, model)
-    wake(model)
-    assert estimate.family_sizes(t, h, model) == before

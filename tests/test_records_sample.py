@@ -22,7 +22,6 @@ from test_records_report import browser, show  # noqa: F401 - a fixture
 import train_gpt as t
 
 sys.path.insert(0, str(ROOT / "records"))
-import report  # noqa: E402
 import sample  # noqa: E402
 import text_page  # noqa: E402
 
@@ -210,9 +209,32 @@ def test_a_model_that_draws_the_start_of_a_document_has_ended(
     h, model = sample.read_model(audited_run)
     drawn = iter([300, 301, t.BOS])
     monkeypatch.setattr(sample, "draw", lambda *_: next(drawn))
-    given = SimpleNamespace(tokens=50, temperature=1.0, top_p=1.0, seed=1)
-    written = sample.write(sample.Decoder(h, model), vocabulary, "", given, lambda *_, **__: None)
+    given = SimpleNamespace(tokens=50, temperature=1.0, top_p=1.0)
+    written = sample.write(sample.Decoder(h, model), vocabulary, "", given, torch.Generator(), lambda *_, **__: None)
     assert [token.id for token in written.written] == [300, 301]
+
+
+def test_ids_that_are_in_no_text_are_never_drawn(
+    audited_run: Path, vocabulary: sample.Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h, model = sample.read_model(audited_run)
+    seen = []
+    monkeypatch.setattr(sample, "draw", lambda logits, *_: seen.append(logits) or 300)
+    given = SimpleNamespace(tokens=1, temperature=1.0, top_p=1.0)
+    sample.write(sample.Decoder(h, model), vocabulary, "", given, torch.Generator(), lambda *_, **__: None)
+    impossible = {i for i, logit in enumerate(seen[0].tolist()) if logit == -math.inf}
+    sp = vocabulary.sp
+    assert impossible == {i for i in range(1024) if sp.is_control(i) or sp.is_unknown(i)} - {t.BOS} != set()
+
+
+def test_several_samples_of_a_prompt_differ(audited_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sample.main([str(audited_run), "--samples", "3", "--tokens", "20"]) == 0
+    texts = [line for line in capsys.readouterr().out.split("\n[") if line]
+    assert len({text.partition("]\n")[2] or text for text in texts[:3]}) == 3
+
+
+def test_a_temperature_near_0_is_as_good_as_0() -> None:
+    assert frequencies([0.0, 1.0, 30.0], 20, temperature=1e-308)[2] == 1
 
 
 def test_control_characters_of_a_text_do_not_reach_the_terminal() -> None:
@@ -309,15 +331,32 @@ def test_text_of_a_page_is_text(vocabulary: sample.Vocabulary) -> None:
     assert 'title="9.00 bits, 3.00 a byte' in shown
 
 
+def test_names_and_guesses_on_a_page_are_text(vocabulary: sample.Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "show", lambda i: HOSTILE.decode() + '"')
+    token = sample.Token(5, HOSTILE, 9.0, [(5, 0.5)])
+    shown = text_page.spans([token], vocabulary)
+    shown += text_page.surprises_html([text_page.Scored(token, i) for i in range(3)], vocabulary)
+    assert "<script" not in shown and shown.count("&quot;") >= 4 and "\x1b" not in shown
+
+
 def test_a_page_without_validation_text_says_so(
-    audited_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    audited_run: Path,
+    corpus: SimpleNamespace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     out = tmp_path / "page.html"
-    assert sample.main([str(audited_run / "final_model.bin"), "--tokens", "5", "--html", str(out)]) == 0
+    folder = tmp_path / "<b>&"
+    folder.mkdir()
+    (folder / "model.bin").write_bytes((audited_run / "final_model.bin").read_bytes())
+    monkeypatch.setenv("TOKENIZER_PATH", str(corpus.tokenizer_path))
+    assert sample.main([str(folder / "model.bin"), "--tokens", "5", "--out", str(out)]) == 0
     printed = capsys.readouterr()
     assert "no validation text on the page: DATA_PATH=" in printed.err and f"wrote {out}" in printed.out
-    assert "Samples" in out.read_text() and "Where it is bad" not in out.read_text()
+    page = out.read_text()
+    assert "Samples" in page and "Where it is bad" not in page and "<b>&" not in page and "&lt;b&gt;&amp;" in page
 
 
 def test_a_browser_shows_text_in_colours_on_a_phone_and_a_desktop(
@@ -326,7 +365,7 @@ def test_a_browser_shows_text_in_colours_on_a_phone_and_a_desktop(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "text.html"
-    words = ["--prompt", "The list", "--tokens", "60", "--targets", "1024", "--html", str(out)]
+    words = ["--prompt", "The list", "--tokens", "60", "--targets", "1024", "--out", str(out)]
     assert sample.main([str(audited_run), *words]) == 0
     for width, height in ((360, 800), (1280, 900)):
         for mode in ("light", "dark"):
@@ -350,6 +389,8 @@ def test_a_browser_shows_text_in_colours_on_a_phone_and_a_desktop(
         (["nowhere"], "nowhere"),
         (["{folder}"], "has no final_model.bin: give the folder of a finished run"),
         (["{folder}/metrics.jsonl"], "metrics.jsonl"),
+        (["nowhere", "--out", "{folder}"], "is a folder: give the name of a file"),
+        (["nowhere", "--out", "/proc/nowhere/a.html"], "takes no files"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -362,7 +403,15 @@ def test_a_mistake_is_one_line(
 
 
 @pytest.mark.parametrize(
-    "words", [["--temperature", "-1"], ["--top-p", "1.5"], ["--tokens", "0"], ["--seed", "x"], ["--temperature", "nan"]]
+    "words",
+    [
+        ["--prompt", "\udcff"],
+        ["--temperature", "-1"],
+        ["--top-p", "1.5"],
+        ["--tokens", "0"],
+        ["--seed", "x"],
+        ["--temperature", "nan"],
+    ],
 )
 def test_a_number_out_of_range_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
@@ -373,13 +422,17 @@ def test_a_number_out_of_range_is_refused(words: list[str], capsys: pytest.Captu
 def test_an_artifact_alone_takes_the_tokenizer_from_the_environment(
     audited: Path, corpus: SimpleNamespace, tmp_path: Path
 ) -> None:
-    """A real process, its output closed early by the program behind it."""
     (tmp_path / "model.bin").write_bytes((audited / "final_model.bin").read_bytes())
     environment = shell(corpus, EVAL_STRIDE=32)
     command = [sys.executable, str(ROOT / "records" / "sample.py"), "model.bin", "--tokens", "30"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, text=True, capture_output=True, check=False)
     assert done.returncode == 0 and "tokens a second" in done.stdout and "\033" not in done.stdout
+    for end in ("head -c 5", "true"):  # the program behind it closes the pipe early
+        shell_line = f"{' '.join(command)} | {end}; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(
+            ["bash", "-c", shell_line], env=environment, cwd=tmp_path, text=True, capture_output=True, check=False
+        )
+        assert done.returncode == 0 and done.stderr == "", end
     environment.pop("TOKENIZER_PATH")
     done = subprocess.run(command, env=environment, cwd=tmp_path, text=True, capture_output=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("sample.py: error: TOKENIZER_PATH=")
-    assert report.esc("<") == "&lt;"

@@ -79,7 +79,9 @@ def test_progress_of_a_long_score_is_told(tmp_path: Path) -> None:
     events = live_events(write_run(tmp_path / "a"), "quantized")
     progress = {"event": "progress", "label": "scoring with stride 64", "done": 45, "total": 100, "seconds": 9.0}
     write_events(tmp_path / "a", [*events, progress | {"time": BEGUN + 29}])
-    assert state(tmp_path / "a").doing == "scoring with stride 64: 45%"
+    seen = state(tmp_path / "a")
+    assert seen.doing == "scoring with stride 64: 45%"
+    assert seen.says == [f"This should be done at {watch.clock(BEGUN + 29 + 11)}."]
 
 
 def test_bars_are_parts_of_the_budgets(tmp_path: Path) -> None:
@@ -92,6 +94,9 @@ def test_bars_are_parts_of_the_budgets(tmp_path: Path) -> None:
     assert (scoring.text, scoring.part) == ("100 of 600 s", pytest.approx(1 / 6))  # 40 + 3 x 20
     write_events(tmp_path / "a", [config | {"max_wallclock_seconds": 0.0}, *rest])
     assert state(tmp_path / "a").bars[0].part == pytest.approx(last["step"] / 500)
+    write_events(tmp_path / "a", [PLAN, *live_events(events, "quantized")])
+    scored = live_events(events, "quantized")[-1]["time"]
+    assert state(tmp_path / "a", now=scored + 66).bars[1] == ("final score, so far", "66 of 600 s", pytest.approx(0.11))
     write_events(tmp_path / "a", live_events(events, "final"))
     assert [bar.label for bar in state(tmp_path / "a").bars] == ["training", "final score"]
 
@@ -105,9 +110,8 @@ def test_a_silent_run_is_told_from_one_that_has_ended(tmp_path: Path) -> None:
     assert any("No line for 10 minutes" in line for line in state(tmp_path / "a", now=last + 600).says)
     ended = {"event": "ended", "reason": "stopped by SIGTERM", "time": last + 1}
     write_events(tmp_path / "a", [*events, ended])
-    assert state(tmp_path / "a", now=last + 600) == watch.State(
-        "ended: stopped by SIGTERM", True, state(tmp_path / "a").bars, []
-    )
+    over = state(tmp_path / "a", now=last + 600)
+    assert over.doing == "ended: stopped by SIGTERM" and over.says == []
     write_events(tmp_path / "a", [*events, ended, events[-1] | {"time": last + 90}])  # it goes on
     assert state(tmp_path / "a", now=last + 91).doing.startswith("training")
 
@@ -136,6 +140,37 @@ def test_the_end_is_forecast_from_the_pace_and_the_budget(tmp_path: Path) -> Non
     assert (found.training_ends, found.last_step) == (pytest.approx(BEGUN + 60, abs=0.65), int(60 / 0.65))
     run.scores["raw"] = {}
     assert forecast.forecast(run, [], now=0.0) is None
+
+
+def test_a_resumed_run_is_forecast_from_its_checkpoint(tmp_path: Path) -> None:
+    """Killed after step 100, it goes on an hour later from step 60, of 500 steps of 0.65 s."""
+    events = live_events(write_run(tmp_path / "a", iterations=500, max_wallclock_seconds=0.0, steps=100), "raw")[:-1]
+    again = [
+        {"event": "segment", "number": 2, "stage": "train", "time": BEGUN + 3600},
+        events[0] | {"time": BEGUN + 3601},
+        {"event": "resumed", "step": 60, "seconds": 39.0, "time": BEGUN + 3610},
+    ]
+    write_events(tmp_path / "a", [*events, *again])
+    run = report.read_run(tmp_path / "a", "a", 0, True)
+    found = forecast.forecast(run, [], now=0.0)
+    assert (found.training_ends, found.last_step) == (pytest.approx(BEGUN + 3610 + 440 * 0.65), 500)
+    assert watch.training_bar(run).text == "60 of 500 steps"
+
+
+def test_after_the_training_the_bar_has_its_real_steps(tmp_path: Path) -> None:
+    events = live_events(write_run(tmp_path / "a", iterations=500), "train", steps=20)
+    write_events(tmp_path / "a", [*events, {"event": "trained", "steps": 32, "seconds": 99.6, "time": BEGUN + 100}])
+    run = report.read_run(tmp_path / "a", "a", 0, True)
+    assert watch.training_bar(run) == watch.Bar("training", "100 s, 32 steps", 1.0)
+    assert forecast.forecast(run, [], now=0.0) is None
+
+
+def test_nothing_is_forecast_from_a_few_steps(tmp_path: Path) -> None:
+    events = write_run(tmp_path / "a", iterations=500, max_wallclock_seconds=0.0, steps=200)
+    for steps, is_there in ((90, False), (120, True)):
+        write_events(tmp_path / "a", live_events(events, "train", steps=steps))
+        found = forecast.forecast(report.read_run(tmp_path / "a", "a", 0, True), [], now=0.0)
+        assert (found.loss is not None) == is_there, steps
 
 
 @pytest.mark.parametrize("part", [0.3, 0.6, 0.9])
@@ -231,8 +266,8 @@ def test_drawing_takes_a_tenth_of_the_time(
     monkeypatch.setattr(watch.time, "monotonic", lambda: clock.now)
     draw = watch.Watch.draw
 
-    def slow(self: watch.Watch, files: list[tuple]) -> None:
-        draw(self, files)
+    def slow(self: watch.Watch) -> None:
+        draw(self)
         self.draw_seconds = 2.0
 
     monkeypatch.setattr(watch.Watch, "draw", slow)
@@ -274,12 +309,70 @@ def test_a_broken_log_is_said_and_the_page_stays(tmp_path: Path, serve: Callable
     assert ask("/")[0] == 200
 
 
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"event": "train", "step": -1, "train_loss": 3.0, "seconds": 1.0},
+        {"event": "train", "step": 5, "train_loss": float("nan"), "seconds": 1.0},
+        {"event": "train", "step": 5, "train_loss": 3.0, "seconds": 1.0, "time": None},
+        {"event": "train", "step": 5, "train_loss": 3.0, "seconds": 1.0, "time": 1e30},
+        {"event": "train", "step": 5, "train_loss": 3.0, "seconds": 1.0, "lr_scale": "1"},
+        {"event": "progress", "label": "x", "done": "much", "total": 1, "seconds": 1},
+        {"event": "ended", "reason": 3},
+        {"event": "config", "seed": 1, "train_batch_tokens": 1, "machine": "", "iterations": "150"},
+        {"event": "config", "seed": 1, "train_batch_tokens": 1, "machine": "", "eval_budget_seconds": "y"},
+    ],
+)
+def test_a_strange_event_is_said_and_the_server_goes_on(
+    tmp_path: Path, serve: Callable[..., Any], event: dict[str, Any]
+) -> None:
+    events = live_events(write_run(tmp_path / "a"), "train", steps=20)
+    ask = serve(tmp_path / "a").ask
+    assert ask("/state?seen=")[0] == 200
+    write_events(tmp_path / "a", [*(events if event["event"] != "config" else []), event])
+    status, answer = ask("/state?seen=")
+    assert status == 200 and "metrics.jsonl:" in json.loads(answer)["now"]
+    write_events(tmp_path / "a", events)
+    assert "Below is what could be read" not in json.loads(ask("/state?seen=")[1])["now"]
+
+
+def test_a_tab_of_an_earlier_server_gets_the_new_page(tmp_path: Path, serve: Callable[..., Any]) -> None:
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b")
+    seen = json.loads(serve(tmp_path / "a").ask("/state?seen=")[1])["version"]
+    assert json.loads(serve(tmp_path / "b").ask(f"/state?seen={seen}")[1])["page"]
+
+
 def test_only_this_machine_is_answered(tmp_path: Path, serve: Callable[..., Any]) -> None:
     write_run(tmp_path / "a")
     served = serve(tmp_path / "a")
     assert served.server.server_address[0] == "127.0.0.1"
     assert served.ask("/state?seen=", host="evil.example")[0] == 403
     assert served.ask("/../../etc/passwd")[0] == 404 and served.ask("/", host="127.0.0.1")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{a}", "{a}"], "is given twice"),
+        (["{a}/metrics.jsonl"], "is a file: give the folder of a run"),
+        (["{a}", "--port", "99999"], "--port 99999 is none: give a number from 0"),
+    ],
+)
+def test_what_cannot_be_watched_is_said_at_once(
+    tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "a")
+    assert report.main([*(word.format(a=tmp_path / "a") for word in words), "--watch"]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["--watch", "--out", "x"], ["--port", "5"]])
+def test_options_without_effect_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        report.main(["logs/a", *words])
+    assert "leave" in capsys.readouterr().err
 
 
 def test_a_taken_port_is_said(tmp_path: Path, serve: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
