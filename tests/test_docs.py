@@ -42,7 +42,7 @@ def variables(page: Path) -> set[str]:
     settings that the page's own examples declare."""
     declared = {name.upper() for name in re.findall(r"(\w+) = (?:Model)?Knob\(", page.read_text())}
     in_code = {word for text in CODE.values() for word in re.findall(r"\b[A-Z][A-Z0-9_]+\b", text)}
-    of_make = set(re.findall(r"\$\((\w+)\)|^(\w+) *[:?]?=", MAKEFILE, re.M))
+    of_make = set(re.findall(r"\$\((?:value )?(\w+)\)|^(\w+) *[:?]?=", MAKEFILE, re.M))
     return KNOBS | declared | in_code | {*test_1_hyperparameters.FOREIGN} | {name for pair in of_make for name in pair}
 
 
