@@ -813,6 +813,8 @@ class Runtime:
 
     def __init__(self, h: Hyperparameters, launch: Launch | None = None):
         launch = launch or read_launch()
+        # First, so that a missing package ends the run before others wait for this process.
+        self.board = TensorBoard() if h.tensorboard and launch.rank == 0 else None
         self.store: dist.Store | None = None  # kept, because the others need it until their end
         if launch.world_size > 1:
             self.store, launch = meet(launch)
@@ -834,7 +836,6 @@ class Runtime:
         self.fallbacks: list[Path] = []  # the folders that are used then
         self.saved: dict[str, Path] = {}  # where `save` has put what
         self.files = []  # train.log and metrics.jsonl, on rank 0
-        self.board = TensorBoard() if h.tensorboard and self.rank == 0 else None
         self.dead_files = []  # that take no more lines
         self.stop_signal = 0  # the signal that has asked this run to end
         self.stop_time = 0.0
@@ -5449,8 +5450,10 @@ def report(run: Run, score: Score, stats: dict[str, Any]) -> None:
         rt.save("submission.json", (json.dumps(result, indent=2) + "\n").encode())
 
 
-# Settings that may change while a run is stopped: where things are, and how often there are lines and checkpoints.
-FREE_SETTINGS = set("run_id resume checkpoint_every data_path tokenizer_path train_log_every fallback_dir".split())
+# Settings that may change while a run is stopped: where things are, and which lines and checkpoints there are.
+FREE_SETTINGS = {
+    *"run_id resume checkpoint_every data_path tokenizer_path train_log_every fallback_dir tensorboard".split(),
+}
 
 
 class Journal:

@@ -141,8 +141,8 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Returns all settings but those of a run's own: an audit comes after the score and changes nothing of it."""
-        own = ("event", "machine", "seed", "run_id", "audit")
+        """Returns all settings but those of a run's own; audit and curves change nothing of a score."""
+        own = ("event", "time", "machine", "seed", "run_id", "audit", "tensorboard")
         return {n: v for n, v in self.config.items() if n not in own}
 
     @property

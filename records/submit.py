@@ -39,6 +39,7 @@ OWN_SETTINGS = (
     "seed",
     "run_id",
     "audit",
+    "tensorboard",
     "resume",
     "checkpoint_every",
     "fallback_dir",
@@ -297,7 +298,13 @@ def commands_of(runs: list[Run]) -> list[str]:
     defaults = {name: default for name, default in knob_defaults(runs[0])}
     changed = {name: value for name, value in runs[0].result["settings"].items() if defaults.get(name) != value}
     text = {name: str(int(v) if isinstance(v, bool) else v) for name, v in changed.items()}
-    skip = ("seed", "run_id", "audit", *(name for name in text if name.endswith("_path") and text[name][:1] == "/"))
+    skip = (
+        "seed",
+        "run_id",
+        "audit",
+        "tensorboard",
+        *(name for name in text if name.endswith("_path") and text[name][:1] == "/"),
+    )
     given = " ".join(f"{name.upper()}={shlex.quote(value)}" for name, value in text.items() if name not in skip)
     processes = re.search(r" processes:(\d+)", runs[0].result["machine"])
     start = f"torchrun --standalone --nproc_per_node={processes[1] if processes else 8} train_gpt.py"

@@ -242,6 +242,15 @@ def test_mean_and_sample_deviation_are_over_the_seeds_of_equal_settings(
     assert page.texts.count("MATRIX_LR=0.02") == 1
 
 
+def test_when_a_run_was_and_what_it_showed_is_no_difference(tmp_path: Path, make: Callable[..., Page]) -> None:
+    for seed, folder in enumerate((tmp_path / "a", tmp_path / "b")):
+        events = write_run(folder, seed=seed, tensorboard=seed == 1)
+        write_events(folder, [event | {"time": 1e9 + 1000 * seed + i} for i, event in enumerate(events)])
+    page = make(tmp_path / "a", tmp_path / "b")
+    assert "there is no mean over seeds" not in page.text and "TIME=" not in page.text
+    assert page.texts.count("none") == 2  # settings that differ
+
+
 def test_a_seed_that_is_there_twice_is_named_and_none_is_dropped(tmp_path: Path, make: Callable[..., Page]) -> None:
     for name, bpb in (("a", 1.5), ("b", 1.6)):
         write_run(tmp_path / name, bpb=bpb, seed=3)
