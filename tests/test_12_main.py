@@ -114,7 +114,10 @@ def test_two_processes_train_and_score_as_one(trained: SimpleNamespace, run_scri
     # The sums over a batch are taken in another order: 2^-24 relative an operation, some hundred deep, so 1e-5 on a
     # gradient. Adam divides by its root mean square and Newton-Schulz multiplies small directions by up to 3.4^5 = 480;
     # over twelve steps that stays below 5e-3 nats of loss. A batch that is split wrongly differs by 1e-1 at once.
-    for step, loss in trained.losses.items():
+    common = trained.losses.keys() & two.losses.keys()  # a slow machine has points between those of all machines
+    assert {*range(1, 11), max(trained.losses)} <= common
+    for step in common:
+        loss = trained.losses[step]
         assert abs(two.losses[step] - loss) < (1e-5 if step == 1 else 5e-3), (step, loss, two.losses[step])
     for stage in STAGES:
         assert abs(two.stages[stage] - trained.stages[stage]) < 5e-3 / math.log(2) / 2, stage
