@@ -3131,7 +3131,9 @@ def build_run(h: Hyperparameters, rt: Runtime, decoded: GPT | None = None) -> Ru
     return Run(h, rt, model, rt.compile(model.forward), rt.compile(model.token_nll), shards, val, shipped_code(h))
 
 
-POINT_SECONDS = 2.0  # between a training's numbers in metrics.jsonl, for curves: 300 in 600 s
+# Between the points of a training's curve in metrics.jsonl, at least. They are at multiples of a power of two steps, so
+# that a slow run has all points of a fast one.
+POINT_SECONDS = 2.0
 
 
 class Trainer:
@@ -3156,7 +3158,6 @@ class Trainer:
         self.settled = 0.0  # `elapsed` after the second step: the first two pay for caches
         self.step_seconds = 0.0  # mean duration of a step
         self.last_line = 0.0  # `elapsed` at the last log line
-        self.last_point = 0.0  # `elapsed` at the last numbers in metrics.jsonl
         self.stop_signal = 0  # that all ranks know of
 
     def step(self, lr_scale: float, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -3284,8 +3285,8 @@ class Trainer:
         if has_line:
             self.last_line = self.elapsed
             self._log_step(step, loss, lr_scale, rate)
-        if has_line or self.elapsed - self.last_point > POINT_SECONDS:
-            self.last_point = self.elapsed
+        steps_apart = 2 ** max(0, math.ceil(math.log2(POINT_SECONDS / self.step_seconds)))
+        if has_line or step % steps_apart == 0:
             fields = {"seconds": self.elapsed, "tokens_per_second": rate, "lr_scale": lr_scale}
             rt.record("train", step=step, train_loss=loss, **fields)
 

@@ -33,7 +33,7 @@ class Forecast(NamedTuple):
 
     training_ends: float
     last_step: int
-    score_is_there: float | None  # export not counted
+    score_is_there: float | None  # export and the scores before it not counted
     loss: float | None  # nats a token
     spread: float  # its standard deviation, as far as can be told
     how: str

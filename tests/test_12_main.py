@@ -114,7 +114,7 @@ def test_two_processes_train_and_score_as_one(trained: SimpleNamespace, run_scri
     # The sums over a batch are taken in another order: 2^-24 relative an operation, some hundred deep, so 1e-5 on a
     # gradient. Adam divides by its root mean square and Newton-Schulz multiplies small directions by up to 3.4^5 = 480;
     # over twelve steps that stays below 5e-3 nats of loss. A batch that is split wrongly differs by 1e-1 at once.
-    common = trained.losses.keys() & two.losses.keys()  # a slow machine has points between those of all machines
+    common = trained.losses.keys() & two.losses.keys()  # a slower one has points between those of a faster one
     assert {*range(1, 11), max(trained.losses)} <= common
     for step in common:
         loss = trained.losses[step]

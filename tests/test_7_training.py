@@ -294,6 +294,23 @@ def test_a_cap_shorter_than_a_step_still_takes_one(make_run: Callable, monkeypat
     assert not torch.equal(run.model.skip_weights, before["skip_weights"])
 
 
+def test_a_slow_run_has_all_points_of_the_curve_of_a_fast_one(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two seconds are 5 steps of 0.4 s, so 8; and 2.2 of 0.9 s, so 4."""
+    points = []
+    for seconds in (0.4, 0.9):
+        run = make_run(iterations=42, max_wallclock_seconds=0.0, val_loss_every=0)
+        found: list[int] = []
+        monkeypatch.setattr(
+            run.rt, "record", lambda event, step=0, found=found, **_: event == "train" and found.append(step)
+        )
+        t.train(Clock(run, [seconds] * 42, monkeypatch).run)
+        points.append(found)
+    assert points[0] == [*range(1, 11), 16, 24, 32, 40, 42]
+    assert points[1] == [*range(1, 11), 12, 16, 20, 24, 28, 32, 36, 40, 42]
+
+
 def test_validations_stop_the_clock(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(iterations=100, max_wallclock_seconds=20.5, val_loss_every=3)
     figures = t.train(Clock(run, [1.0] * 100, monkeypatch, pause=50.0).run)
