@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import html
 import io
@@ -21,6 +22,7 @@ import re
 import statistics
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -898,13 +900,20 @@ LOOK = {
 }
 
 
+@contextlib.contextmanager
+def page_look() -> Iterator[None]:
+    """Draws, in this context, as pages need it: the user's own settings would change them."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(LOOK)
+        yield
+
+
 def write_report(runs: list[Run], out: Path) -> list[Path]:
     """Writes the page and the PNGs, each whole or not at all, and returns their paths. PNGs of an earlier report whose
     figure these runs do not have are removed."""
     out.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the user's own settings would change the page
-        matplotlib.rcParams.update(LOOK)
+    with page_look():
         pictures = draw_all(runs)
         page = page_html(runs, pictures).encode()  # first: PNGs add titles and legends to the figures
         images = {name: to_png(picture) for name, picture in pictures.items()}

@@ -327,9 +327,7 @@ def page(table: StudyTable) -> str:
     notes = "".join(f"<li>{report.esc(line)}</li>" for line in table.notes())
     inner = report.table("Configurations", head, cells) if cells else "<p>No scores yet.</p>"
     sections = {"Comparison": report.card(inner, f"<ul>{notes}</ul>" if notes else "")}
-    with report.matplotlib.rc_context():
-        report.matplotlib.rcdefaults()  # the user's own settings would change the page
-        report.matplotlib.rcParams.update(report.LOOK)
+    with report.page_look():
         pictures = draw_all(table)
         figures = "".join(report.figure_html(picture) for picture in pictures)
     if figures:

@@ -17,7 +17,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import report
 from forecast import Forecast, forecast
 from report import Run, card, esc, named, num, t
@@ -274,9 +273,7 @@ class Watch:
         for run in self.runs:
             if not run.final:  # what is missing will come, and a line may be half written
                 run.notes = []
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()
-            matplotlib.rcParams.update(report.LOOK)
+        with report.page_look():
             pictures = report.draw_all([run for run in self.runs if run.config])
             self.page = page_of(self.runs, pictures)
         self.version += 1
@@ -308,11 +305,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if path not in ("/", "/state"):
             self.reply(404, "text/plain", b"There is / alone.\n")
             return
-        answer = self.watch.answer(query.removeprefix("seen="))
         if path == "/":
-            self.reply(200, "text/html; charset=utf-8", answer["page"].encode())
-        else:
-            self.reply(200, "application/json", json.dumps(answer).encode())
+            self.reply(200, "text/html; charset=utf-8", self.watch.answer(seen="")["page"].encode())
+            return
+        answer = self.watch.answer(query.removeprefix("seen="))
+        self.reply(200, "application/json", json.dumps(answer).encode())
 
     def reply(self, status: int, kind: str, content: bytes) -> None:
         """Send an answer, which no browser keeps."""

@@ -251,6 +251,7 @@ def test_a_page_is_sent_again_only_when_a_log_has_grown(tmp_path: Path, serve: C
     ask = serve(tmp_path / "a").ask
     first = json.loads(ask("/state?seen=")[1])
     assert "step 10" in first["now"] and "Loss against steps" in first["page"]
+    assert "Loss against steps" in ask(f"/?seen={first['version']}")[1]
     again = json.loads(ask(f"/state?seen={first['version']}")[1])
     assert again["page"] is None and again["version"] == first["version"]
     write_events(tmp_path / "a", live_events(events, "train", steps=20), end='{"event": "train", "st')
