@@ -254,7 +254,15 @@ def check(run: Path, vocab_size: int = 1024) -> bool:
         print(f"{'ok  ' if low <= value <= high else 'FAIL'} {name} {value:.4f}, expected {low:.4f} to {high:.4f}")
     for line in metrics["eval"]:
         print(f"     {line.get('stage')} val_bpb {line['val_bpb']:.4f}")
-    return all(low <= value <= high for _, value, low, high in results)
+    has_learnt = all(low <= value <= high for _, value, low, high in results)
+    steps = by_step[-1]["step"]
+    wanted = metrics.get("config", [{}])[0].get("iterations", steps)
+    if not has_learnt and steps < wanted:
+        print(
+            f"     only {steps:.0f} of {wanted} steps fitted into the demonstration's seconds: this machine is slow or busy. "
+            "Stop other work, or give it more: MAX_WALLCLOCK_SECONDS in records/env/demo.env"
+        )
+    return has_learnt
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

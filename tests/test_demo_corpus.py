@@ -334,6 +334,17 @@ def test_check_passes_a_run_that_learnt(tmp_path: Path, capsys: pytest.CaptureFi
     assert out.count("ok  ") == 3 and "FAIL" not in out and "sliding val_bpb" in out
 
 
+@pytest.mark.parametrize(("iterations", "is_said"), [(1000, True), (200, False)])
+def test_check_says_where_a_slow_machine_is_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], iterations: int, is_said: bool
+) -> None:
+    lines = [{"event": "config", "iterations": iterations}, *healthy_metrics()]
+    assert check_lines(tmp_path, lines) == 0 and "slow" not in capsys.readouterr().out
+    lines[-1]["val_bpb"] = 9.0
+    assert check_lines(tmp_path, lines) == 1
+    assert ("only 200 of 1000 steps" in capsys.readouterr().out) == is_said
+
+
 @pytest.mark.parametrize(
     ("index", "key", "value", "failing"),
     [
