@@ -255,13 +255,12 @@ def check(run: Path, vocab_size: int = 1024) -> bool:
     for line in metrics["eval"]:
         print(f"     {line.get('stage')} val_bpb {line['val_bpb']:.4f}")
     has_learnt = all(low <= value <= high for _, value, low, high in results)
-    steps = by_step[-1]["step"]
+    steps = metrics.get("trained", [{}])[-1].get("steps", by_step[-1]["step"])
     wanted = metrics.get("config", [{}])[0].get("iterations", steps)
     if not has_learnt and steps < wanted:
-        print(
-            f"     only {steps:.0f} of {wanted} steps fitted into the demonstration's seconds: this machine is slow or busy. "
-            "Stop other work, or give it more: MAX_WALLCLOCK_SECONDS in records/env/demo.env"
-        )
+        reason = f"only {steps:.0f} of {wanted} steps fitted into the demonstration's seconds"
+        fix = "stop other work, or raise MAX_WALLCLOCK_SECONDS in records/env/demo.env"
+        print(f"     {reason}, on a machine that is slow or busy: {fix}")
     return has_learnt
 
 
