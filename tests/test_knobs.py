@@ -91,7 +91,7 @@ TURNS: dict[str, tuple] = {
     "micro_batch_tokens": ("auto", 32, "batches preflight ttt_batches report", {"ttt_grad_clip": 0.0}),
     "loader": ("shuffled", "sequential", "batches"),
     "train_seq_len": (32, 64, f"batches {WINDOWS} function file report"),
-    "train_log_every": (500, 12, "loop"),
+    "train_log_every": (500, 15, "loop"),
     "val_loss_every": (4000, 10, "loop"),
     "vocab_size": (40, 41, f"{SHAPES} text preflight"),  # `text` refuses it: the tokenizer has 40 pieces
     "num_layers": (3, 4, SHAPES),
