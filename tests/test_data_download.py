@@ -768,8 +768,9 @@ def test_a_second_download_into_the_same_root_is_refused(hub: Hub, root: Path, r
 def test_without_huggingface_hub_the_message_says_how_to_install_it(
     run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install -r data/requirements.txt" in run().error
+    with monkeypatch.context() as without_it:  # the fixtures' ends need it again
+        without_it.setitem(sys.modules, "huggingface_hub", None)
+        assert "pip install -r data/requirements.txt" in run().error
 
 
 def test_the_help_names_the_variables_of_the_environment(run: Callable[..., Result]) -> None:
