@@ -83,7 +83,7 @@ HOST = "host"  # attribute of a trial: the machine that has begun it
 TAKEN = "taken"  # attribute of a trial that has a heartbeat: its own number, which one that goes on for it has not
 SURPLUS = "surplus"  # attribute of a trial that was asked for when none was left
 DATABASE_ERRORS = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError)
-OWN_OPTIONS = "--study --dry-run --compare --seeds --steps --trials --sampler --halving --storage".split()
+OWN_OPTIONS = "--study --dry-run --compare --seeds --steps --equal-steps --trials --sampler --halving --storage".split()
 
 
 # =================================================== what is varied ==================================================
@@ -744,7 +744,7 @@ def sweep(args: argparse.Namespace) -> int:
     args.trials = args.trials or 20
     if args.halving and (args.from_artifact or space.fixed.get("EVAL_ONLY")):
         raise LaunchError("--halving follows the training loss, and runs from an artifact do not train: leave it out")
-    for name in ("seeds", "steps", "claim"):
+    for name in ("seeds", "steps", "claim", "equal_steps"):
         if getattr(args, name) is not None:
             raise LaunchError(f"--{name} is of --compare: seeds of a study are SEED=1,2,3")
     check_command(args.command, args.gpus_per_trial)
@@ -807,8 +807,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--heartbeat", type=int, metavar="SECONDS",
         help=f"a sweeper that is silent for two of these is taken for dead ({DEFAULT_HEARTBEAT})")  # fmt: skip
     add("--alpha", type=float, default=study_table.ALPHA, help="claim differences with p below this (%(default)s)")
-    add("--compare", nargs=2, metavar=("A", "B"), help="two sides instead of a study: quoted words, as above")
+    add("--compare", nargs="+", metavar="SIDE",
+        help="instead of a study: a baseline and others, each a text of words as above, in quotes")  # fmt: skip
     add("--seeds", help="of --compare (1-3)")
+    add("--equal-steps", action="store_true", default=None, help="of --compare: leave out the runs at equal seconds")
     add("--steps", type=int, help="of --compare; default: ITERATIONS of its settings")
     add("--claim", help="of --compare: differences to plan seeds for (0.005,0.001)")
     own = list(arguments)

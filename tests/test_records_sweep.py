@@ -738,12 +738,12 @@ def test_two_sides_alternate_with_common_seeds_at_equal_steps_and_equal_seconds(
     order = [start["RUN_ID"] for start in sweeps.starts()]
     assert order[:3] == ["s-A-seed1", "s-again-seed1", "s-B-seed1"]  # the baseline against itself is first
     assert order[3:] == [f"s-{run}" for run in (
-        "B-seed2", "A-seed2", "A-seed3", "B-seed3", "seconds-seed1", "seconds-seed2", "seconds-seed3"
+        "B-seed2", "A-seed2", "A-seed3", "B-seed3", "B-seconds-seed1", "B-seconds-seed2", "B-seconds-seed3"
     )]  # fmt: skip
     result = {path.parent.name: json.loads(path.read_text()) for path in sweeps.folder.glob("logs/s-*/submission.json")}
     # A takes 10 s. B calibrates for 2.5 of them, and its steps take 1.5.
-    assert all(result[f"s-seconds-seed{seed}"]["steps"] == 5 for seed in (1, 2, 3))
-    for arm in ("B", "seconds"):
+    assert all(result[f"s-B-seconds-seed{seed}"]["steps"] == 5 for seed in (1, 2, 3))
+    for arm in ("B", "B-seconds"):
         mean = statistics.mean(
             result[f"s-{arm}-seed{n}"]["val_bpb"] - result[f"s-A-seed{n}"]["val_bpb"] for n in (1, 2, 3)
         )
@@ -754,8 +754,8 @@ def test_two_sides_alternate_with_common_seeds_at_equal_steps_and_equal_seconds(
     compare(sweeps, "MATRIX_LR=0.03", "b.env", "--seeds", "1-4")  # one seed more
     assert sorted(start["RUN_ID"] for start in sweeps.starts()[len(order) :]) == [
         "s-A-seed4",
+        "s-B-seconds-seed4",
         "s-B-seed4",
-        "s-seconds-seed4",
     ]
 
 
@@ -766,8 +766,34 @@ def test_the_steps_of_equal_seconds_are_those_of_this_comparison(sweeps):
     for folder in sweeps.folder.glob("logs/s-*"):
         folder.rename(sweeps.folder / f"old-{folder.name}")
     sweeps.run("--compare", "MATRIX_LR=0.03", "b.env", "--steps", "40", "--seeds", "1,2")
-    result = json.loads((sweeps.folder / "logs/s-seconds-seed1/submission.json").read_text())
+    result = json.loads((sweeps.folder / "logs/s-B-seconds-seed1/submission.json").read_text())
     assert result["steps"] == 20
+
+
+def test_several_sides_are_compared_with_the_first_at_equal_steps(sweeps):
+    rates = {"A": "0.03", "B": "0.05", "C": "0.02", "D": "0.04"}
+    sides = [f"MATRIX_LR={rate}" for rate in rates.values()]
+    words = ("--compare", *sides, "--equal-steps", "--steps", "10", "--seeds")
+    out = sweeps.run(*words, "1,2")
+    order = [start["RUN_ID"] for start in sweeps.starts()]
+    assert order == [f"s-{run}" for run in (
+        "A-seed1", "again-seed1", "B-seed1", "C-seed1", "D-seed1", "B-seed2", "C-seed2", "D-seed2", "A-seed2"
+    )]  # fmt: skip
+    out = sweeps.run(*words, "1-3")
+    assert [start["RUN_ID"] for start in sweeps.starts()[len(order) :]] == [f"s-{side}-seed3" for side in "ABCD"]
+    rows = list(csv.DictReader((sweeps.folder / "logs/sweeps/s/compare.csv").open()))
+    score = {(row["arm"], row["replicate"]): float(row["val_bpb"]) for row in rows}
+    tests = {}
+    for side in "BCD":
+        differences = [score[side, f"seed{n}"] - score["A", f"seed{n}"] for n in (1, 2, 3)]
+        tests[side] = paired_runs.paired(differences, 0.05)
+    corrected = dict(zip(tests, paired_runs.holm([test.p for test in tests.values()])))
+    for side, test in tests.items():
+        line = next(line for line in out.splitlines() if line.startswith(f"| {side} - A at 10 steps"))
+        assert f"{test.mean:+.5f}" in line and f"{test.low:+.5f} to {test.high:+.5f}" in line
+        assert line.rstrip(" |").endswith(f"{corrected[side]:.2g}")
+        assert f"{side}: MATRIX_LR={rates[side]}  " in out.splitlines()
+    assert "adjusted for 3 comparisons" in out and "equal seconds" not in out
 
 
 def test_steps_that_take_equally_long_are_not_run_twice(sweeps):
@@ -816,6 +842,9 @@ def test_a_comparison_goes_on_where_it_was_stopped_or_failed(sweeps):
         (["MATRIX_LR=1", "MATRIX_LR=1 ITERATIONS=9", "--steps", "5"], "same settings"),
         (["MATRIX_LR=1", "MATRIX_LR=2 RUN_ID=x", "--steps", "5"], "each run has its own"),
         (["MATRIX_LR=1", "'oops", "--steps", "5"], "No closing quotation"),
+        (["MATRIX_LR=1", "--steps", "5"], "has 1 sides"),
+        (["MATRIX_LR=1", "MATRIX_LR=2", "LOADER=shuffled", "--steps", "5"], "quote each"),
+        (["MATRIX_LR=1", "MATRIX_LR=2", "MATRIX_LR=2", "--study", "x", "--steps", "5"], "B and C have the same"),
         (["MATRIX_LR=1", "MATRIX_LR=2", "--steps", "5", "--halving", "5"], "of a study"),
         (["MATRIX_LR=1", "MATRIX_LR=2", "--steps", "5", "--storage", "sqlite:///x.db"], "of a study"),
     ],
