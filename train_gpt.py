@@ -248,6 +248,7 @@ class Hyperparameters:
     max_wallclock_seconds = Knob(600.0, (0.0, 1e9), "maximum seconds of training, with calibrations; 0: no limit")
     warmdown_frac = Knob(0.5, (0.0, 1.0), "last part of the run, over which the learning rate falls linearly to 0")
     warmdown_iters = Knob(0, (0, BIG), "the same in steps; overrides the fraction when not 0")
+    min_lr_frac = Knob(0.0, (0.0, 1.0), "the learning rate falls to this part of its peak, not to 0")
     warmup_steps = Knob(20, (1, 1000), "untimed preflight steps on random tokens (at most 2 without compilation)")
     train_batch_tokens = Knob(786_432, (1, BIG), "tokens per optimizer step, over all processes")
     micro_batch_tokens = AutoKnob(
@@ -280,6 +281,13 @@ class Hyperparameters:
     ve_layers = ModelKnob("-2,-1", None, "blocks with value embeddings; a negative number counts from the end")
     value_residual = ModelKnob(False, None, "mix the first block's values into those of every block")
     gated_attention = ModelKnob(False, None, "a sigmoid gate per head on the attention output")
+    attn_gate_dims = ModelKnob(
+        0, (0, 16_384), "inputs of a narrow gate per head on attention's output; 0: none", absent=0
+    )
+    parallel_last_n = ModelKnob(0, (0, 128), "in the last n blocks, attention and MLP have the same input", absent=0)
+    gated_skips = ModelKnob(False, None, "skip connections mix in by a learned gate", absent=False)
+    recur_layers = ModelKnob("", None, "neighbouring blocks that run a second time, in turn, as 4,5", absent="")
+    recur_start_frac = Knob(0.48, (0.0, 0.9), "part of the run after which RECUR_LAYERS do")
     qk_gain_init = Knob(1.5, (0.0, 100.0), "initial gain of the normed queries")
     tied_embed_init_std = Knob(0.005, (0.0, 10.0), "standard deviation of the initial token embedding")
     # optimizer and averages
@@ -290,6 +298,7 @@ class Hyperparameters:
     muon_momentum_warmup_start = Knob(0.92, (0.0, 0.9999), "Muon momentum at step 0")
     muon_momentum_warmup_steps = Knob(1500, (0, BIG), "steps of the linear momentum warm-up")
     muon_backend_steps = Knob(5, (1, 20), "Newton-Schulz iterations")
+    muon_row_norm = Knob(False, None, "scale the rows of Muon's gradients to one length before the orthogonalization")
     muon_wd = Knob(0.04, (0.0, 10.0), "decoupled weight decay of the matrices")
     adam_wd = Knob(0.04, (0.0, 10.0), "decoupled weight decay of the tables (gains and gates have none)")
     beta1 = Knob(0.9, (0.0, 0.9999), "AdamW beta1")
@@ -390,19 +399,22 @@ class Hyperparameters:
         self.window = self.eval_seq_len or self.train_seq_len  # positions T of a scoring window
         self.stride = self.eval_stride or self.window  # targets per window, except in the first
         self.reach = self.eval_attn_window or self.window  # positions that a query attends to
-        indices, multipliers = [], []
+        indices, repeated, multipliers = [], [], []
         try:
             if self.ve_enabled:
                 indices = [int(i) for i in self.ve_layers.split(",")]
+            if self.recur_layers:
+                repeated = [int(i) for i in self.recur_layers.split(",")]
             for entry in filter(None, self.ttt_lr_groups.split(",")):
                 part, factor = entry.split(":")
                 multipliers.append((part, factor))
         except ValueError:
             raise UserError(
-                f"VE_LAYERS={self.ve_layers} or TTT_LR_GROUPS={self.ttt_lr_groups} is malformed, "
-                "use the forms 9,10 and mlp.proj:3,mlp.fc:0.5"
+                f"VE_LAYERS={self.ve_layers}, RECUR_LAYERS={self.recur_layers} or TTT_LR_GROUPS={self.ttt_lr_groups} "
+                "is malformed, use the forms 9,10 and 4,5 and mlp.proj:3,mlp.fc:0.5"
             ) from None
         self.ve_blocks = sorted({i + self.num_layers if i < 0 else i for i in indices})
+        self.recur_blocks = [i + self.num_layers if i < 0 else i for i in repeated]
         number = Knob(0.0, (0.0, 1e3), "a plain number")
         self.ttt_multipliers = {part: number.parse("ttt_lr_groups", factor) for part, factor in multipliers}
         self.fp16_patterns = [part for part in self.fp16_keep_name_patterns.split(",") if part]
@@ -430,6 +442,15 @@ class Hyperparameters:
             raise UserError("TRIGRAM_SHARED=1 needs BIGRAM_VOCAB_SIZE above 0")
         if not set(self.ve_blocks) <= set(range(self.num_layers)):
             raise UserError(f"VE_LAYERS={self.ve_layers}: blocks are 0 to {self.num_layers - 1}")
+        first = self.recur_blocks[0] if self.recur_blocks else 0
+        last = first + len(self.recur_blocks) - 1
+        if first < 0 or last >= self.num_layers or self.recur_blocks != list(range(first, last + 1)):
+            form = f"give neighbours in their order, of blocks 0 to {self.num_layers - 1}, as 4,5"
+            raise UserError(f"RECUR_LAYERS={self.recur_layers}: {form}")
+        if self.gated_attention and self.attn_gate_dims:
+            raise UserError("GATED_ATTENTION=1 and ATTN_GATE_DIMS are two gates on one output: use one")
+        if self.attn_gate_dims > dim:
+            raise UserError(f"ATTN_GATE_DIMS={self.attn_gate_dims} is more than MODEL_DIM={dim}")
 
     def _check_run(self) -> None:
         """Raise UserError where settings of training, export and scoring do not fit together."""
@@ -2370,6 +2391,8 @@ class CausalSelfAttention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023).
 
     Order: project, value embedding, value residual, QK norm with the query gain, rotary, attend, XSA, gate, project.
+    The gate is one number for each head and position: sigmoid(G x + b) of the whole input (PR 562), or twice the
+    sigmoid of G x[:ATTN_GATE_DIMS], which starts at 1 (PR 1667).
     Queries are taken at the last t positions only, keys and values at all T.
     """
 
@@ -2389,6 +2412,8 @@ class CausalSelfAttention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((h.num_heads,), h.qk_gain_init))
         self.vr_lambda = nn.Parameter(torch.tensor([0.5, 0.5])) if h.value_residual else None
         self.attn_gate = Linear(h.model_dim, h.num_heads) if h.gated_attention else None
+        self.gate_dims = h.attn_gate_dims
+        self.head_gate = nn.Parameter(torch.zeros(h.num_heads, self.gate_dims)) if self.gate_dims else None
 
     def forward(self, x: Tensor, v0: Tensor | None, ve: Tensor | None, t: int, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Return outputs (B, t, D), times `scale`, for inputs x (B, T, D), and the first block's values (B, T, K d)."""
@@ -2408,6 +2433,9 @@ class CausalSelfAttention(nn.Module):
             y = xsa(y, v[:, -t:])
         if self.attn_gate is not None:
             y = y * torch.sigmoid(self.attn_gate(last)).unsqueeze(-1)
+        if self.head_gate is not None:
+            few = last[..., : self.gate_dims].contiguous()  # (B, t, ATTN_GATE_DIMS)
+            y = y * (2 * torch.sigmoid(F.linear(few, self.head_gate.to(x.dtype)))).unsqueeze(-1)
         return self.proj(y.flatten(2), scale), v0
 
     def _values(self, x: Tensor, v0: Tensor | None, ve: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -2614,13 +2642,18 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP on normed inputs, scaled by 1/sqrt(layer + 1), after mixing in the embedding x0."""
+    """Attention and MLP on normed inputs, scaled by 1/sqrt(layer + 1), after mixing in the embedding x0.
+
+    The MLP's input is the stream with what attention adds; in the last PARALLEL_LAST_N blocks it is attention's own, so
+    that the two could run side by side (GPT-J, Wang & Komatsuzaki 2021).
+    """
 
     def __init__(self, h: Hyperparameters, layer: int, rotary: Rotary):
         super().__init__()
         self.attn = CausalSelfAttention(h, layer, rotary)
         self.mlp = MLP(h)
         self.input_scale = 1 / math.sqrt(layer + 1) if h.ln_scale else 1.0
+        self.is_parallel = layer >= h.num_layers - h.parallel_last_n
         self.attn_scale = nn.Parameter(torch.ones(h.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(h.model_dim))
         mix = torch.stack((torch.ones(h.model_dim), torch.zeros(h.model_dim)))  # of x and x0
@@ -2630,18 +2663,21 @@ class Block(nn.Module):
         """Return the residual stream (B, t, D) after the block, and the first block's values."""
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0  # (B, T, D)
-        y, v0 = self.attn(rms_norm(x) * self.input_scale, v0, ve, t, self.attn_scale)
+        normed = rms_norm(x) * self.input_scale
+        y, v0 = self.attn(normed, v0, ve, t, self.attn_scale)
         x = x[:, -t:] + y  # (B, t, D)
-        return x + self.mlp(rms_norm(x) * self.input_scale, self.mlp_scale), v0
+        normed = normed[:, -t:] if self.is_parallel else rms_norm(x) * self.input_scale  # (B, t, D)
+        return x + self.mlp(normed, self.mlp_scale), v0
 
 
 class GPT(nn.Module):
     """The model, `GPT(h)` or `GPT(model_dim=64, …)`. Parameters are fp32, activations have `compute_dtype`.
 
     The blocks form a U-Net: with e = L // 2, block e + i adds the output of block e - 1 - i (of 11 blocks, the last
-    adds none). `block_order` lists the blocks that run. A block listed twice runs twice with the same weights, skip
-    connection and value embedding, which belong to the block and not to its place in the list. A skip connection
-    carries the latest output of its source, and nothing if that has not run yet.
+    adds none). `block_order` lists the blocks that run. A block listed twice runs twice, with the same weights and
+    value embedding, which belong to the block and not to its place in the list. Skip connections are between first
+    passes, so that a second pass is all that is added (one that took and gave some, too, disturbed a trained model 2.9
+    times as much); one whose source has not run yet carries nothing.
     """
 
     def __init__(self, h: Hyperparameters | None = None, **knobs: Any):
@@ -2650,7 +2686,7 @@ class GPT(nn.Module):
         dim = h.model_dim
         self.compute_dtype = torch.float32
         self.logit_softcap = h.logit_softcap
-        self.block_order = list(range(h.num_layers))
+        self.recur_blocks = h.recur_blocks
         self.num_encoders = h.num_layers // 2
         # Block e + i adds the output of block e - 1 - i, times skip_weights[i].
         self.skip_source = {self.num_encoders + i: self.num_encoders - 1 - i for i in range(self.num_encoders)}
@@ -2666,10 +2702,20 @@ class GPT(nn.Module):
             kv_dim = h.num_kv_heads * h.head_dim
             self.ve_shared = ProjectedEmbedding(h.vocab_size, h.ve_dim, kv_dim, orders=(1,), scale=0.1)
         self.blocks = nn.ModuleList(Block(h, layer, rotary) for layer in range(h.num_layers))
+        self.set_recurrence(True)
         self.skip_weights = nn.Parameter(torch.ones(self.num_encoders, dim))
+        self.skip_gates = nn.Parameter(torch.zeros(self.num_encoders, dim)) if h.gated_skips else None
         self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in self.ve_blocks)
         if self.tok_emb.weight.device.type != "meta":  # there only names and shapes are wanted
             self.init_weights(h)
+
+    def set_recurrence(self, is_on: bool) -> None:
+        """Let the blocks of RECUR_LAYERS run a second time (Dehghani et al. 2019, of all blocks), or not."""
+        order = list(range(len(self.blocks)))
+        if is_on and self.recur_blocks:
+            end = self.recur_blocks[-1] + 1
+            order[end:end] = self.recur_blocks
+        self.block_order = order
 
     @torch.no_grad()
     def init_weights(self, h: Hyperparameters) -> None:
@@ -2712,15 +2758,20 @@ class GPT(nn.Module):
         v0 = None
         outputs = {}  # block -> its output, for the skip connections
         for position, i in enumerate(self.block_order):
+            is_first_pass = i not in self.block_order[:position]
             source = self.skip_source.get(i)
-            if source in outputs:
+            if is_first_pass and source in outputs:
                 weight = self.skip_weights[i - self.num_encoders].to(dtype)
-                x = x + weight * outputs[source]
+                if self.skip_gates is None:
+                    x = x + weight * outputs[source]
+                else:
+                    gate = self.skip_gates[i - self.num_encoders].sigmoid().to(dtype)
+                    x = torch.lerp(weight * outputs[source], x, gate)
             block_ve = ve * ve_scales[i].to(dtype) if i in ve_scales else None
             is_last = position == len(self.block_order) - 1
             t = last_n if is_last and last_n else length
             x, v0 = self.blocks[i](x, x0, v0, block_ve, t)
-            if i < self.num_encoders:
+            if is_first_pass and i < self.num_encoders:
                 outputs[i] = x
         return rms_norm(x)
 
@@ -2784,10 +2835,11 @@ def bytes_per_token(h: Hyperparameters, rt: Runtime) -> float:
     its T x T weights, as torch's does where it has no better kernel, comes on top.
     """
     hidden = h.mlp_mult * h.model_dim
+    passes = h.num_layers + len(h.recur_blocks)
     if rt.compiled:
-        activations = h.num_layers * (10.6 * h.model_dim + 2 * hidden) + 5 * h.model_dim + h.vocab_size
+        activations = passes * (10.6 * h.model_dim + 2 * hidden) + 5 * h.model_dim + h.vocab_size
     else:
-        activations = h.num_layers * (17 * h.model_dim + 3 * hidden) + 10.5 * h.model_dim + 8 * h.vocab_size
+        activations = passes * (17 * h.model_dim + 3 * hidden) + 10.5 * h.model_dim + 8 * h.vocab_size
     return activations * rt.dtype.itemsize
 
 
@@ -2804,8 +2856,9 @@ class ParamGroup(NamedTuple):
 
 
 BLOCK = r"blocks\.\d+\."
-CONTROL = BLOCK + r"(attn_scale|mlp_scale|resid_mix|attn\.(q_gain|vr_lambda|attn_gate\.weight|attn_gate\.bias))"
-CONTROL += r"|skip_weights|smear\.gate|\w+\.scale|ve_layer_scales\.\d+"
+CONTROL = BLOCK + r"(attn_scale|mlp_scale|resid_mix)"
+CONTROL += "|" + BLOCK + r"attn\.(q_gain|vr_lambda|attn_gate\.weight|attn_gate\.bias|head_gate)"
+CONTROL += r"|skip_weights|skip_gates|smear\.gate|\w+\.scale|ve_layer_scales\.\d+"
 PARAM_GROUPS = (
     ParamGroup("attention", BLOCK + r"attn\.(c_q|c_k|c_v|proj)\.weight", "muon", "matrix_lr", "muon_wd", "attn_bits"),
     ParamGroup("mlp", BLOCK + r"mlp\.(fc|proj)\.weight", "muon", "matrix_lr", "muon_wd", "mlp_bits"),
@@ -3005,7 +3058,9 @@ class Optimizer:
         torch._foreach_add_(momenta, gradients)
         torch._foreach_add_(gradients, momenta, alpha=momentum)  # Nesterov
         in_transit = []
-        for nesterov in gradients:
+        for group, nesterov in zip(self.muon_groups, gradients):
+            if self.h.muon_row_norm:
+                self._normalize_rows(group, nesterov)
             update = self.orthogonalize(nesterov, self.h.muon_backend_steps, self.rt.dtype)
             in_transit.append(self.rt.all_gather(update))
         for group, wait in zip(self.muon_groups, in_transit):
@@ -3018,6 +3073,13 @@ class Optimizer:
                 torch._foreach_add_(group.wide, list(updates[:num_wide]), alpha=-lr_scale * group.lr)
             if group.tall:
                 torch._foreach_add_(group.tall, list(tall), alpha=-lr_scale * group.tall_lr)
+
+    def _normalize_rows(self, group: MuonGroup, part: Tensor) -> None:
+        """Divide the rows of this rank's part of a group by their lengths, in place (MuonEq-R, PR 1260). The rows of
+        tall matrices lie in it as columns."""
+        num_wide = max(0, len(group.wide) - self.rt.rank * len(part))
+        for matrices, dim in ((part[:num_wide], 2), (part[num_wide:], 1)):
+            matrices.div_(matrices.norm(dim=dim, keepdim=True).clamp_min(1e-7))
 
 
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:
@@ -3042,22 +3104,27 @@ def average_gradients(rt: Runtime, parameters: list[nn.Parameter]) -> None:
 
 
 def learning_rate_scale(h: Hyperparameters, step: int, elapsed: float, step_seconds: float) -> float:
-    """Return the factor in [0, 1] on all learning rates: 1, then linear to 0 at the run's end, by steps or by clock.
+    """Return the factor in [0, 1] on all learning rates: 1, then linear to 0 at the run's end, by steps or by clock; no
+    less than MIN_LR_FRAC.
 
     The warm-down takes WARMDOWN_FRAC of the run on any machine, or WARMDOWN_ITERS steps of `step_seconds` each.
     """
-    steps_left = h.iterations - step
-    budget = training_budget(h)
     if h.warmdown_iters:
+        steps_left = h.iterations - step
+        budget = training_budget(h)
         if budget and step_seconds:
             steps_left = min(steps_left, (budget - elapsed) / step_seconds)
-        return min(1.0, max(0.0, steps_left / h.warmdown_iters))
+        return min(1.0, max(h.min_lr_frac, steps_left / h.warmdown_iters))
     if not h.warmdown_frac:
         return 1.0
-    part_left = steps_left / h.iterations
-    if budget:
-        part_left = min(part_left, 1 - elapsed / budget)
-    return min(1.0, max(0.0, part_left) / h.warmdown_frac)
+    return min(1.0, max(h.min_lr_frac, part_left(h, step, elapsed) / h.warmdown_frac))
+
+
+def part_left(h: Hyperparameters, step: int, elapsed: float) -> float:
+    """Return the part of the training that is still to come, by steps or by clock, whichever is less."""
+    part = (h.iterations - step) / h.iterations
+    budget = training_budget(h)
+    return min(part, 1 - elapsed / budget) if budget else part
 
 
 def muon_momentum(h: Hyperparameters, step: int) -> float:
@@ -3155,7 +3222,9 @@ class Trainer:
         self.num_segments = 1  # that took them: more, if the run was stopped and went on
         self.started = 0.0  # start of the clock, pauses excluded
         self.elapsed = 0.0  # seconds on rank 0's clock after the last step
-        self.settled = 0.0  # `elapsed` after the second step: the first two pay for caches
+        # Steps are timed from the second on, as the first two pay for caches, and again from where they become longer.
+        self.settled = 0.0  # `elapsed` there
+        self.settled_steps = 0  # `num_steps` there
         self.step_seconds = 0.0  # mean duration of a step
         self.last_line = 0.0  # `elapsed` at the last log line
         self.stop_signal = 0  # that all ranks know of
@@ -3219,7 +3288,8 @@ class Trainer:
             line += "; WARNING: no SWA snapshot was taken, see SWA_EVERY"
         return line
 
-    NUMBERS = ("num_steps", "num_segments", "num_snapshots", "elapsed", "settled", "step_seconds", "last_line")
+    NUMBERS = ("num_steps", "num_segments", "num_snapshots", "elapsed", "settled", "settled_steps", "step_seconds")
+    NUMBERS += ("last_line",)
 
     def state(self) -> tuple[dict[str, Any], list[Tensor]]:
         """Return all that the next steps depend on: numbers, and tensors, whole, which every rank has to help with."""
@@ -3251,10 +3321,25 @@ class Trainer:
         """Read the clock after a step, and whether a signal has come. All ranks take rank 0's readings."""
         self.elapsed, self.stop_signal = self.run.rt.readings(self.started)
         if self.num_steps <= 2:
-            self.settled = self.elapsed
+            self.settled, self.settled_steps = self.elapsed, self.num_steps
             self.step_seconds = self.elapsed / self.num_steps
         else:
-            self.step_seconds = (self.elapsed - self.settled) / (self.num_steps - 2)
+            self.step_seconds = (self.elapsed - self.settled) / (self.num_steps - self.settled_steps)
+
+    def switch_recurrence(self) -> None:
+        """Let RECUR_LAYERS run twice from RECUR_START_FRAC of the training on, whose clock is rank 0's."""
+        h, model = self.run.h, self.run.model
+        if not model.recur_blocks:
+            return
+        passes = len(model.block_order)
+        model.set_recurrence(part_left(h, self.num_steps, self.elapsed) <= 1 - h.recur_start_frac)
+        ratio = len(model.block_order) / passes
+        if ratio > 1:
+            self.settled, self.settled_steps = self.elapsed, self.num_steps
+            self.step_seconds *= ratio
+            when = f"from step {self.num_steps + 1} on, after {self.elapsed:.1f}s"
+            self.run.rt.log(f"recurrence: blocks {h.recur_layers} run twice {when}")
+            self.run.rt.record("recurrence", step=self.num_steps, seconds=self.elapsed)
 
     def may_step(self) -> bool:
         """Return whether another step, with those in flight, will end within the budget."""
@@ -3466,6 +3551,7 @@ def train(run: Run) -> dict[str, Any]:
     checkpoints = Checkpoints(trainer)
     checkpoints.restore()
     loader = TokenLoader(h, rt, run.train_shards, trainer.num_steps)
+    trainer.switch_recurrence()
     trainer.start_clock()
     rt.finishes_steps = True
     if trainer.num_steps:
@@ -3478,6 +3564,7 @@ def train(run: Run) -> dict[str, Any]:
         trainer.check_and_log(lagged_numbers, lr_scale)
         checkpoints.after_step()
         trainer.validate_if_due()
+        trainer.switch_recurrence()
     last_numbers = rt.pending_list()
     if last_numbers is not None:
         trainer.check_step(trainer.num_steps, last_numbers)
@@ -3485,6 +3572,8 @@ def train(run: Run) -> dict[str, Any]:
     trainer.elapsed, trainer.stop_signal = seconds, rt.readings(0.0)[1]
     checkpoints.after_training()
     rt.finishes_steps = False
+    if run.model.recur_blocks:
+        run.model.set_recurrence(True)
     steps = trainer.num_steps
     step_avg_ms = 1000 * seconds / steps
     epochs = steps * h.train_batch_tokens / loader.num_tokens
@@ -3985,6 +4074,11 @@ def _preflight_training(run: Run) -> Trainer:
     trainer = Trainer(run)
     fit_training(trainer)
     num_steps = h.warmup_steps if run.rt.compiled else min(2, h.warmup_steps)
+    if run.model.recur_blocks:
+        run.model.set_recurrence(False)  # as before RECUR_START_FRAC
+        for _ in range(num_steps):
+            trainer.step(1.0, random_batch(run))
+        run.model.set_recurrence(True)
     for _ in range(num_steps):
         trainer.step(1.0, random_batch(run))
     trainer.apply_average()
@@ -4062,6 +4156,10 @@ def _preflight_scoring(run: Run) -> None:
 
     def score_both() -> None:
         """Score a batch in each of the shapes that there will be."""
+        if run.model.recur_blocks and h.trains and h.val_loss_every:
+            run.model.set_recurrence(False)  # as in validations before RECUR_START_FRAC
+            plain.score(plain.windows[:num_windows])
+            run.model.set_recurrence(True)
         plain.score(plain.windows[:num_windows])
         score_sliding(sliding.windows[:num_windows])
 

@@ -157,7 +157,7 @@ def forward_work(h: Any, model: torch.nn.Module, kind: str) -> Work:
     Two operations for each weight of a matrix product (the token embedding is one, as the head). Four of causal
     attention for each channel, layer and key.
     """
-    tables = ("ve_shared.embed.weight", "bigram.embed.weight", "skip_weights", "resid_mix")
+    tables = ("ve_shared.embed.weight", "bigram.embed.weight", "skip_weights", "skip_gates", "resid_mix")
     products = {n: 2 * p.numel() for n, p in model.named_parameters() if p.ndim == 2 and not n.endswith(tables)}
     runs = {i: model.block_order.count(i) for i in range(len(model.blocks))}
     for name in products:
@@ -318,7 +318,8 @@ class Plan(NamedTuple):
     sequences: int  # of a pass
     num_passes: int  # of a step, on each GPU
     memory: float  # bytes of a GPU at the peak of the training
-    step: float
+    steps: list[float]  # durations: of all, or before and after RECUR_START_FRAC
+    step: float  # their mean over the run
     num_steps: int  # that fit, or ITERATIONS
     scoring: float
     epochs: int
@@ -340,13 +341,20 @@ def plan_run(t: Any, h: Any, model: torch.nn.Module, card: Card) -> Plan:
     num_parameters = sum(p.numel() for p in model.parameters())
     memory = (4 + t.STATE_BYTES) * num_parameters + sequences * h.train_seq_len * t.bytes_per_token(h, machine)
     rates = measured_rates(t, h, model, card) or predicted_rates(h, model, card)
-    step = h.train_batch_tokens / card.count * rates.training + rates.rest
+    steps = [h.train_batch_tokens / card.count * rates.training + rates.rest]
+    step = steps[0]
+    if h.recur_blocks:
+        model.set_recurrence(False)
+        first = measured_rates(t, h, model, card) or predicted_rates(h, model, card)
+        model.set_recurrence(True)
+        steps.insert(0, h.train_batch_tokens / card.count * first.training + first.rest)
+        step = 1 / (h.recur_start_frac / steps[0] + (1 - h.recur_start_frac) / steps[-1])
     scoring, epoch = evaluation_seconds(t, run, rates)
     epochs = h.ttt_epochs if epoch else 0
     if epochs == "auto":
         epochs = max(1, int(max(0.0, h.eval_budget_seconds - scoring) / epoch))
     num_steps = steps_in_budget(t, h, step)
-    return Plan(card, sequences, num_passes, memory, step, num_steps, scoring, epochs, epoch, rates.source)
+    return Plan(card, sequences, num_passes, memory, steps, step, num_steps, scoring, epochs, epoch, rates.source)
 
 
 def steps_in_budget(t: Any, h: Any, step: float) -> int:
@@ -500,8 +508,12 @@ def describe_training(h: Any, plan: Plan) -> list[str]:
     if shards > PUBLISHED_SHARDS:
         epochs = num_tokens / PUBLISHED_SHARDS / SHARD_TOKENS
         data += f"; {PUBLISHED_SHARDS} are fetched by default, and would be read {epochs:.1f} times"
+    each = f"{1000 * plan.step:.3g} ms"
+    if len(plan.steps) > 1:
+        first, later = (f"{1000 * step:.3g} ms" for step in plan.steps)
+        each = f"{first}, and {later} from {h.recur_start_frac:.0%} of the time on"
     return [
-        f"  step:   {1000 * plan.step:.3g} ms, {passes}, {plan.memory / 2**30:.1f} GiB of memory each",
+        f"  step:   {each}, {passes}, {plan.memory / 2**30:.1f} GiB of memory each",
         f"  train:  {count(plan.num_steps, 'step')} in {plan.num_steps * plan.step:.3g} s, {num_tokens:,} tokens",
         f"  data:   {data}",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 import os
@@ -79,6 +80,8 @@ def attention(h: t.Hyperparameters, w: dict, layer: int, x: np.ndarray, ve: np.n
             if h.gated_attention:
                 gate = w[name + "attn_gate.weight"][head] @ x[at] + w[name + "attn_gate.bias"][head]
                 y = y * sigmoid(gate)
+            if h.attn_gate_dims:
+                y = y * 2 * sigmoid(w[name + "head_gate"][head] @ x[at, : h.attn_gate_dims])
             out[at, mine] = y
     return out @ w[name + "proj.weight"].T
 
@@ -97,20 +100,27 @@ def reference_logits(h: t.Hyperparameters, weights: dict, ids: list[int]) -> np.
     x = np.stack([(1 - gate) * x[at] + gate * before[at] for at in range(len(ids))])
     x0, skips, v0, num_encoders = x, [], [], h.num_layers // 2
     with_ve = sorted(int(i) % h.num_layers for i in h.ve_layers.split(",")) if h.ve_enabled else []
-    for layer in range(h.num_layers):
+    order = list(range(h.num_layers))
+    again = [int(i) % h.num_layers for i in h.recur_layers.split(",") if i]
+    place = again[-1] + 1 if again else 0
+    for position, layer in enumerate(order[:place] + again + order[place:]):
+        is_again = place <= position < place + len(again)
         name, scale = f"blocks.{layer}.", 1 / math.sqrt(layer + 1) if h.ln_scale else 1.0
-        if layer >= num_encoders and skips:
-            x = x + w["skip_weights"][layer - num_encoders] * skips.pop()
+        if layer >= num_encoders and skips and not is_again:
+            skip = w["skip_weights"][layer - num_encoders] * skips.pop()
+            open_part = sigmoid(w["skip_gates"][layer - num_encoders]) if h.gated_skips else None
+            x = x + skip if open_part is None else (1 - open_part) * skip + open_part * x
         ve = 0.0
         if layer in with_ve:
             ve = w["ve_shared.embed.weight"][ids] @ w["ve_shared.proj.weight"].T * w["ve_shared.scale"]
             ve = ve * w[f"ve_layer_scales.{with_ve.index(layer)}"]
         u = w[name + "resid_mix"][0] * x + w[name + "resid_mix"][1] * x0
         y = u + w[name + "attn_scale"] * attention(h, w, layer, rms_normed(u) * scale, ve, v0)
-        z = rms_normed(y) * scale @ w[name + "mlp.fc.weight"].T
+        is_parallel = layer >= h.num_layers - h.parallel_last_n
+        z = rms_normed(u if is_parallel else y) * scale @ w[name + "mlp.fc.weight"].T
         a = np.where(z > 0, z, h.leaky_slope * z)
         x = y + w[name + "mlp_scale"] * ((a * a) @ w[name + "mlp.proj.weight"].T)
-        if layer < num_encoders:
+        if layer < num_encoders and not is_again:
             skips.append(x)
     logits = rms_normed(x) @ w["tok_emb.weight"].T
     return h.logit_softcap * np.tanh(logits / h.logit_softcap)
@@ -132,6 +142,12 @@ PR_562 = {"num_layers": 4, "ve_enabled": False, "value_residual": True, "gated_a
         {"num_layers": 5, "ve_layers": "-1,0,2", "value_residual": True},  # the first block's values hold an embedding
         {"num_layers": 2, "num_kv_heads": 4, "mlp_mult": 1.5},
         {"num_layers": 6, "num_kv_heads": 1, "rope_dims": 2, "gated_attention": True},
+        {"attn_gate_dims": 5, "num_layers": 4},
+        {"parallel_last_n": 2, "num_layers": 4},
+        {"gated_skips": True, "num_layers": 5},
+        {"recur_layers": "1,2", "num_layers": 5, "ve_layers": "2,-1", "value_residual": True},
+        {"recur_layers": "0", "num_layers": 4, "value_residual": True},
+        {"recur_layers": "-1", "num_layers": 4, "parallel_last_n": 1},
         {"rope_train_len": 8, "eval_seq_len": 48},  # a window longer than the training length, with the same base
     ],
     ids=lambda settings: ",".join(settings) or "defaults",
@@ -256,6 +272,8 @@ OTHER_FUNCTION = {  # the same weights then mean another function
     "ln_scale": False,
     "trigram_shared": True,
     "ve_layers": "0,1",
+    "parallel_last_n": 1,
+    "recur_layers": "1",
 }
 OTHER_SHAPES = {
     "vocab_size": 97,
@@ -270,6 +288,8 @@ OTHER_SHAPES = {
     "ve_dim": 8,
     "value_residual": True,
     "gated_attention": True,
+    "attn_gate_dims": 4,
+    "gated_skips": True,
 }
 
 
@@ -336,6 +356,73 @@ def test_no_other_knob_changes_the_function_or_the_initial_weights(tiny: Setting
     models[1].load_state_dict(models[0].state_dict())
     ids = torch.randint(96, (2, 32))
     assert torch.equal(models[0].forward_logits(ids), models[1].forward_logits(ids))
+
+
+# ------------------------------------------------------------------------------------------- recurrence and the gate
+
+
+def copied_blocks(model: t.GPT) -> t.GPT:
+    """The same function with a block of its own in each place of the list."""
+    plain = copy.deepcopy(model)
+    for i in model.recur_blocks:
+        plain.blocks.append(copy.deepcopy(model.blocks[i]))
+        if i in model.ve_blocks:
+            plain.ve_blocks.append(len(plain.blocks) - 1)
+            plain.ve_layer_scales.append(copy.deepcopy(model.ve_layer_scales[model.ve_blocks.index(i)]))
+    num_blocks, end = len(model.blocks), model.recur_blocks[-1] + 1
+    plain.block_order = [*range(end), *range(num_blocks, len(plain.blocks)), *range(end, num_blocks)]
+    return plain
+
+
+@pytest.mark.parametrize("layers", ["2,3", "1", "4,5", "0,1", "3,4"])
+def test_recurrence_is_the_model_with_copied_blocks_whose_gradients_add_up(tiny: Settings, layers: str) -> None:
+    model = t.GPT(tiny(num_layers=6, recur_layers=layers, ve_layers="3,-1", value_residual=True))
+    wake(model)
+    plain = copied_blocks(model)
+    ids = torch.randint(96, (2, 33))
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    losses = [m(inputs, targets) for m in (model, plain)]
+    assert losses[0].item() == losses[1].item()
+    for loss in losses:
+        loss.backward()
+    expected = {name: p.grad.clone() for name, p in plain.named_parameters()}
+    for place, i in enumerate(model.recur_blocks):
+        own, copied = f"blocks.{i}.", f"blocks.{6 + place}."
+        for name in [name for name in expected if name.startswith(own)]:
+            expected[name] += expected[copied + name.removeprefix(own)]
+    for number, block in enumerate(plain.ve_blocks[2:]):
+        expected[f"ve_layer_scales.{model.ve_blocks.index(block - 6 + model.recur_blocks[0])}"] += expected[
+            f"ve_layer_scales.{2 + number}"
+        ]
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_recurrence_that_is_off_is_the_plain_model_to_the_last_bit(tiny: Settings) -> None:
+    torch.manual_seed(3)
+    model = t.GPT(tiny(recur_layers="1,2"))
+    torch.manual_seed(3)
+    plain = t.GPT(tiny())
+    assert list(model.state_dict()) == list(plain.state_dict())
+    ids = torch.randint(96, (2, 20))
+    wake(model)
+    plain.load_state_dict(model.state_dict())
+    assert not torch.equal(model.forward_logits(ids), plain.forward_logits(ids))
+    model.set_recurrence(False)
+    assert torch.equal(model.forward_logits(ids), plain.forward_logits(ids))
+
+
+def test_the_narrow_gate_begins_open_and_leaves_the_other_weights_as_they_were(tiny: Settings) -> None:
+    torch.manual_seed(3)
+    gated = t.GPT(tiny(attn_gate_dims=4))
+    torch.manual_seed(3)
+    plain = t.GPT(tiny())
+    assert all(torch.equal(w, gated.state_dict()[name]) for name, w in plain.state_dict().items())
+    for block, other in zip(plain.blocks, gated.blocks):
+        wake(block)
+        other.load_state_dict(block.state_dict(), strict=False)
+    ids = torch.randint(96, (2, 20))
+    assert torch.equal(gated.forward_logits(ids), plain.forward_logits(ids))
 
 
 # ------------------------------------------------------------------------------------------------------ single parts

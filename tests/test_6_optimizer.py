@@ -129,7 +129,10 @@ def optimizer_in_loops(h: t.Hyperparameters, weights: dict, gradients: list[dict
             )
             if is_block_matrix or name.endswith("proj.weight"):
                 first[name] = mu * first[name] + g
-                update = newton_schulz_in_loops(g + mu * first[name], h.muon_backend_steps)
+                nesterov = g + mu * first[name]
+                if h.muon_row_norm:
+                    nesterov = nesterov / np.linalg.norm(nesterov, axis=1, keepdims=True)  # of W (out, in)
+                update = newton_schulz_in_loops(nesterov, h.muon_backend_steps)
                 rows, cols = g.shape
                 w[name] *= 1 - h.matrix_lr * scale * h.muon_wd
                 w[name] -= h.matrix_lr * scale * math.sqrt(max(1, rows / cols)) * update
@@ -149,9 +152,10 @@ def optimizer_in_loops(h: t.Hyperparameters, weights: dict, gradients: list[dict
     [
         {},
         {"grad_clip_norm": 0.0},
+        {"muon_row_norm": True},
         {"muon_wd": 1.5, "adam_wd": 2.0, "beta1": 0.5, "beta2": 0.7, "muon_backend_steps": 3},
     ],
-    ids=["defaults", "no clip", "other rates"],
+    ids=["defaults", "no clip", "rows of one length", "other rates"],
 )
 def test_steps_equal_muon_and_adamw_in_plain_loops(tiny: Settings, settings: dict) -> None:
     h = tiny(**{"muon_momentum_warmup_steps": 3, "adam_eps": ADAM_EPS, **ALL_KINDS, **settings})
@@ -343,6 +347,9 @@ def test_on_eight_processes_hardly_any_work_is_padding(layers: int, stacks: dict
         ({"iterations": 1000, "warmdown_frac": 0.2}, 799, 0.0, 1.0),
         ({"iterations": 1000, "warmdown_frac": 0.2}, 900, 0.0, 0.5),
         ({"iterations": 1000, "warmdown_frac": 1.0}, 250, 0.0, 0.75),
+        ({"iterations": 1000, "min_lr_frac": 0.1}, 951, 0.0, 0.1),
+        ({"iterations": 1000, "min_lr_frac": 0.1}, 940, 0.0, 0.12),
+        ({"iterations": 1000, "min_lr_frac": 0.1, "warmdown_iters": 200}, 1001, 0.0, 0.1),
         ({"iterations": 1000, "warmdown_frac": 0.0}, 999, 599.0, 1.0),  # never falls
         # WARMDOWN_ITERS steps, of 0.1 s where the clock is the end.
         ({"iterations": 1000, "warmdown_iters": 200}, 0, 0.0, 1.0),

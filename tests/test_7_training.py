@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -285,6 +285,67 @@ def test_a_run_does_not_overrun_its_wall_clock_and_uses_it(
     assert math.isclose(figures["train_seconds"], sum(durations[: figures["steps"]]), rel_tol=1e-9)
     assert figures["train_seconds"] <= cap
     assert figures["train_seconds"] + 1.05 * 1.02 * 1.05 > cap, "a step more would not have fitted with its margin"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_run_whose_steps_become_longer_does_not_overrun_its_wall_clock(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """The second pass through two of four blocks makes steps longer by 40%, from wherever it begins."""
+    rng = random.Random(seed)
+    cap, begin = rng.uniform(30, 60), rng.uniform(0.0, 0.9)
+    settings = {"num_layers": 4, "recur_layers": "1,2", "recur_start_frac": begin}
+    run = make_run(iterations=100, max_wallclock_seconds=cap, val_loss_every=0, **settings)
+    passes = []
+
+    def durations() -> Iterator[float]:
+        while True:
+            passes.append(len(run.model.block_order))
+            yield rng.uniform(0.98, 1.02) * (1.4 if passes[-1] == 6 else 1.0)
+
+    figures = t.train(Clock(run, durations(), monkeypatch).run)
+    assert passes == sorted(passes) and len(run.model.block_order) == 6
+    plain = 1.02 * passes.count(4)
+    assert abs(plain - begin * cap) <= 2, "off until its part of the time has passed, then on for good"
+    assert figures["train_seconds"] <= cap
+    assert figures["train_seconds"] + 1.05 * 1.02 * 1.05 * 1.5 > cap
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [({"max_wallclock_seconds": 100.0}, 5), ({"max_wallclock_seconds": 0.0, "iterations": 12}, 6)],
+)
+def test_recurrence_begins_at_its_part_of_the_steps_or_of_the_clock_of_rank_0(
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch, limits: dict, expected: int
+) -> None:
+    """This rank's own clock says milliseconds; rank 0's says that each step took ten seconds."""
+    run = make_run(recur_layers="1", recur_start_frac=0.5, val_loss_every=0, **limits)
+    seconds, passes, step = iter(range(10, 10_000, 10)), [], t.Trainer.step
+    monkeypatch.setattr(run.rt, "readings", lambda started: (float(next(seconds)), 0))
+
+    def spy(self: t.Trainer, lr_scale: float, batch: list) -> torch.Tensor:
+        passes.append(len(self.run.model.block_order))
+        return step(self, lr_scale, batch)
+
+    monkeypatch.setattr(t.Trainer, "step", spy)
+    t.train(run)
+    assert passes[: expected + 1] == [3] * expected + [4] and 3 not in passes[expected:]
+
+
+def test_the_preflight_runs_both_models_that_recurrence_makes(make_run: Callable) -> None:
+    run = make_run(recur_layers="1")
+    orders = {True: set(), False: set()}
+
+    def counted(function: Callable) -> Callable:
+        def count(*args: torch.Tensor) -> torch.Tensor:
+            orders[torch.is_grad_enabled()].add(tuple(run.model.block_order))
+            return function(*args)
+
+        return count
+
+    t.preflight(run._replace(mean_loss=counted(run.mean_loss), token_nll=counted(run.token_nll)))
+    both = {(0, 1, 2), (0, 1, 1, 2)}
+    assert orders == {True: both, False: both} and run.model.block_order == [0, 1, 1, 2]
 
 
 def test_a_cap_shorter_than_a_step_still_takes_one(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

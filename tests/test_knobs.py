@@ -85,6 +85,7 @@ TURNS: dict[str, tuple] = {
     "iterations": (24, 20, "schedule loop banner"),
     "max_wallclock_seconds": (600.0, 12.0, "schedule loop banner kept"),
     "warmdown_frac": (0.5, 0.25, "schedule banner"),
+    "min_lr_frac": (0.0, 0.6, "schedule"),
     "warmdown_iters": (0, 10, "schedule banner"),
     "warmup_steps": (20, 3, "preflight"),
     "train_batch_tokens": (256, 512, "batches loop preflight banner"),
@@ -114,6 +115,11 @@ TURNS: dict[str, tuple] = {
     "ve_layers": ("-2,-1", "0,1", "function file"),
     "value_residual": (False, True, SHAPES),
     "gated_attention": (False, True, SHAPES),
+    "attn_gate_dims": (0, 4, SHAPES),
+    "parallel_last_n": (0, 1, "function file"),
+    "gated_skips": (False, True, SHAPES),
+    "recur_layers": ("", "1", "function file"),
+    "recur_start_frac": (0.48, 0.2, "loop"),
     "qk_gain_init": (1.5, 1.0, "initial"),
     "tied_embed_init_std": (0.005, 0.01, "initial"),
     "matrix_lr": (0.027, 0.02, f"{MATRICES} banner"),
@@ -123,6 +129,7 @@ TURNS: dict[str, tuple] = {
     "muon_momentum_warmup_start": (0.92, 0.85, "schedule"),
     "muon_momentum_warmup_steps": (1500, 10, "schedule"),
     "muon_backend_steps": (5, 4, MATRICES),
+    "muon_row_norm": (False, True, MATRICES),
     "muon_wd": (0.04, 0.1, MATRICES),
     "adam_wd": (0.04, 0.1, TABLES),  # gains, scales and gates have none
     "beta1": (0.9, 0.8, f"{TABLES} {REST}"),
@@ -188,6 +195,7 @@ def with_fixed_weights(model: torch.nn.Module) -> torch.nn.Module:
 @functools.cache
 def full_model() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     settings = {**BASE, "num_layers": 2, "ve_layers": "1", "value_residual": True, "gated_attention": True}
+    settings["recur_layers"] = "1"
     model = with_fixed_weights(t.GPT(t.Hyperparameters(**settings)))
     return model, weights_of(model)
 

@@ -54,7 +54,10 @@ def train(run: t.Run, stop_after: int = 0) -> tuple[dict[int, float], dict | Non
             return losses, None
 
 
-@pytest.mark.parametrize("settings", [{}, {"ema_enabled": False}, {"value_residual": True, "loader": "sequential"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"ema_enabled": False}, {"value_residual": True, "loader": "sequential"}, {"recur_layers": "1"}],
+)
 @pytest.mark.parametrize("stop_after", [1, 4, 7])
 def test_a_training_that_was_stopped_goes_on_to_the_last_bit(
     make_run: Callable, settings: dict, stop_after: int
