@@ -248,7 +248,6 @@ class Hyperparameters:
     max_wallclock_seconds = Knob(600.0, (0.0, 1e9), "maximum seconds of training, with calibrations; 0: no limit")
     warmdown_frac = Knob(0.5, (0.0, 1.0), "last part of the run, over which the learning rate falls linearly to 0")
     warmdown_iters = Knob(0, (0, BIG), "the same in steps; overrides the fraction when not 0")
-    min_lr_frac = Knob(0.0, (0.0, 1.0), "the learning rate falls to this part of its peak, not to 0")
     warmup_steps = Knob(20, (1, 1000), "untimed preflight steps on random tokens (at most 2 without compilation)")
     train_batch_tokens = Knob(786_432, (1, BIG), "tokens per optimizer step, over all processes")
     micro_batch_tokens = AutoKnob(
@@ -3104,8 +3103,7 @@ def average_gradients(rt: Runtime, parameters: list[nn.Parameter]) -> None:
 
 
 def learning_rate_scale(h: Hyperparameters, step: int, elapsed: float, step_seconds: float) -> float:
-    """Return the factor in [0, 1] on all learning rates: 1, then linear to 0 at the run's end, by steps or by clock; no
-    less than MIN_LR_FRAC.
+    """Return the factor in [0, 1] on all learning rates: 1, then linear to 0 at the run's end, by steps or by clock.
 
     The warm-down takes WARMDOWN_FRAC of the run on any machine, or WARMDOWN_ITERS steps of `step_seconds` each.
     """
@@ -3114,10 +3112,10 @@ def learning_rate_scale(h: Hyperparameters, step: int, elapsed: float, step_seco
         budget = training_budget(h)
         if budget and step_seconds:
             steps_left = min(steps_left, (budget - elapsed) / step_seconds)
-        return min(1.0, max(h.min_lr_frac, steps_left / h.warmdown_iters))
+        return min(1.0, max(0.0, steps_left / h.warmdown_iters))
     if not h.warmdown_frac:
         return 1.0
-    return min(1.0, max(h.min_lr_frac, part_left(h, step, elapsed) / h.warmdown_frac))
+    return min(1.0, max(0.0, part_left(h, step, elapsed) / h.warmdown_frac))
 
 
 def part_left(h: Hyperparameters, step: int, elapsed: float) -> float:

@@ -85,7 +85,6 @@ TURNS: dict[str, tuple] = {
     "iterations": (24, 20, "schedule loop banner"),
     "max_wallclock_seconds": (600.0, 12.0, "schedule loop banner kept"),
     "warmdown_frac": (0.5, 0.25, "schedule banner"),
-    "min_lr_frac": (0.0, 0.6, "schedule"),
     "warmdown_iters": (0, 10, "schedule banner"),
     "warmup_steps": (20, 3, "preflight"),
     "train_batch_tokens": (256, 512, "batches loop preflight banner"),

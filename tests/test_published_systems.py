@@ -445,7 +445,7 @@ def test_make_train_reads_the_files_in_turn_and_the_callers_settings_win(tmp_pat
     for wrong in ("pr563", "", "pr562 to"):
         done = subprocess.run([*command[:5], f"CONFIG={wrong}"], cwd=ROOT, text=True, capture_output=True, check=False)
         told = done.stdout + done.stderr
-        assert done.returncode and "needs CONFIG, of: bench beyond_sp1024 beyond_sp8192 demo gptq pr1092 pr518" in told
+        assert done.returncode and "needs CONFIG, of: bench beyond_sp1024 beyond_sp8192 demo gptq parts pr1092" in told
 
 
 # ----------------------------------------------------------------------------------------------------- they really run
