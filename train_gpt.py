@@ -398,25 +398,28 @@ class Hyperparameters:
         self.window = self.eval_seq_len or self.train_seq_len  # positions T of a scoring window
         self.stride = self.eval_stride or self.window  # targets per window, except in the first
         self.reach = self.eval_attn_window or self.window  # positions that a query attends to
-        indices, repeated, multipliers = [], [], []
+        multipliers = []
         try:
-            if self.ve_enabled:
-                indices = [int(i) for i in self.ve_layers.split(",")]
-            if self.recur_layers:
-                repeated = [int(i) for i in self.recur_layers.split(",")]
             for entry in filter(None, self.ttt_lr_groups.split(",")):
                 part, factor = entry.split(":")
                 multipliers.append((part, factor))
         except ValueError:
-            raise UserError(
-                f"VE_LAYERS={self.ve_layers}, RECUR_LAYERS={self.recur_layers} or TTT_LR_GROUPS={self.ttt_lr_groups} "
-                "is malformed, use the forms 9,10 and 4,5 and mlp.proj:3,mlp.fc:0.5"
-            ) from None
-        self.ve_blocks = sorted({i + self.num_layers if i < 0 else i for i in indices})
-        self.recur_blocks = [i + self.num_layers if i < 0 else i for i in repeated]
+            groups = f"TTT_LR_GROUPS={self.ttt_lr_groups}"
+            raise UserError(f"{groups} is malformed, use the form mlp.proj:3,mlp.fc:0.5") from None
+        self.ve_blocks = sorted(set(self._block_numbers("ve_layers"))) if self.ve_enabled else []
+        self.recur_blocks = self._block_numbers("recur_layers") if self.recur_layers else []
         number = Knob(0.0, (0.0, 1e3), "a plain number")
         self.ttt_multipliers = {part: number.parse("ttt_lr_groups", factor) for part, factor in multipliers}
         self.fp16_patterns = [part for part in self.fp16_keep_name_patterns.split(",") if part]
+
+    def _block_numbers(self, name: str) -> list[int]:
+        """Return the blocks that a setting lists, where negative numbers count from the end."""
+        text = getattr(self, name)
+        try:
+            numbers = [int(i) for i in text.split(",")]
+        except ValueError:
+            raise UserError(f"{name.upper()}={text} is malformed, use the form 9,10") from None
+        return [i + self.num_layers if i < 0 else i for i in numbers]
 
     def _check_model(self) -> None:
         """Raise UserError where the model's settings do not fit together."""

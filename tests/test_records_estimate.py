@@ -114,7 +114,15 @@ def test_what_does_not_fit_on_the_finest_grid_fills_the_budget() -> None:
 # ---------------------------------------------------------------------------------------------------- operations
 
 
-@pytest.mark.parametrize("changes", [{}, {"gated_attention": True, "num_layers": 5}, {"bigram_vocab_size": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gated_attention": True, "num_layers": 5},
+        {"bigram_vocab_size": 0},
+        {"attn_gate_dims": 4, "gated_skips": True, "recur_layers": "1", "parallel_last_n": 1},
+    ],
+)
 def test_operations_of_products_are_those_that_torch_counts(changes: dict) -> None:
     h = t.Hyperparameters(**TINY | changes)
     model = t.GPT(h)
@@ -195,6 +203,18 @@ def test_a_plan_adds_up_from_its_rates() -> None:
     assert plan.scoring == pytest.approx(targets / 64 * 2048 * rates.scoring / 4, rel=0.001)
     assert plan.epoch == pytest.approx(targets * rates.adaptation / 4, rel=0.01)
     assert plan.evaluation == plan.scoring + 2 * plan.epoch
+
+
+def test_steps_before_and_after_the_start_of_recurrence_fill_the_time() -> None:
+    card = estimate.CARDS[0]
+    once, twice = t.Hyperparameters(), t.Hyperparameters(recur_layers="4,5", recur_start_frac=0.3)
+    plain, plan = (estimate.plan_run(t, h, meta_model(h), card) for h in (once, twice))
+    before, after = plan.steps
+    assert [before] == plain.steps and after / before == pytest.approx(1.17, abs=0.02)  # published: 1.16
+    assert plan.num_steps == pytest.approx(0.3 * 600 / before + 0.7 * 600 / after, abs=1)
+    assert plan.memory > plain.memory and plan.evaluation > plain.evaluation
+    lines = "\n".join(estimate.describe_training(twice, plan))
+    assert f"{1000 * before:.3g} ms, and {1000 * after:.3g} ms from 30% of the time on" in lines
 
 
 def test_passes_are_those_that_a_run_makes_with_this_memory() -> None:
