@@ -23,6 +23,7 @@ DEFAULTS = {name: knob.default for name, knob in KNOBS.items()}
 # Legal values besides the defaults, where a step away from the default does not fit the other defaults. A new knob
 # needs no entry, unless it is a text of its own form, or has to fit another one.
 OTHER_VALUES: dict[str, Any] = {
+    "recur_layers": "4,5",
     "train_batch_tokens": 2048,
     "train_seq_len": 1024,
     "model_dim": 256,
