@@ -2712,12 +2712,21 @@ class GPT(nn.Module):
             self.init_weights(h)
 
     def set_recurrence(self, is_on: bool) -> None:
-        """Let the blocks of RECUR_LAYERS run a second time (Dehghani et al. 2019, of all blocks), or not."""
+        """Let the blocks of RECUR_LAYERS run a second time (Dehghani et al. 2018, of all blocks), or not."""
         order = list(range(len(self.blocks)))
         if is_on and self.recur_blocks:
             end = self.recur_blocks[-1] + 1
             order[end:end] = self.recur_blocks
         self.block_order = order
+
+    @contextlib.contextmanager
+    def without_recurrence(self) -> Iterator[None]:
+        """Run each block once, in this context: the model as it is before RECUR_START_FRAC."""
+        self.set_recurrence(False)
+        try:
+            yield
+        finally:
+            self.set_recurrence(True)
 
     @torch.no_grad()
     def init_weights(self, h: Hyperparameters) -> None:
@@ -3118,7 +3127,7 @@ def learning_rate_scale(h: Hyperparameters, step: int, elapsed: float, step_seco
         return min(1.0, max(0.0, steps_left / h.warmdown_iters))
     if not h.warmdown_frac:
         return 1.0
-    return min(1.0, max(0.0, part_left(h, step, elapsed) / h.warmdown_frac))
+    return min(1.0, max(0.0, part_left(h, step, elapsed)) / h.warmdown_frac)
 
 
 def part_left(h: Hyperparameters, step: int, elapsed: float) -> float:
@@ -3227,6 +3236,7 @@ class Trainer:
         self.settled = 0.0  # `elapsed` there
         self.settled_steps = 0  # `num_steps` there
         self.step_seconds = 0.0  # mean duration of a step
+        self.recurs = False  # whether RECUR_LAYERS run twice
         self.last_line = 0.0  # `elapsed` at the last log line
         self.stop_signal = 0  # that all ranks know of
 
@@ -3289,8 +3299,10 @@ class Trainer:
             line += "; WARNING: no SWA snapshot was taken, see SWA_EVERY"
         return line
 
-    NUMBERS = ("num_steps", "num_segments", "num_snapshots", "elapsed", "settled", "settled_steps", "step_seconds")
-    NUMBERS += ("last_line",)
+    NUMBERS = (
+        "num_steps", "num_segments", "num_snapshots", "elapsed", "settled", "settled_steps", "step_seconds",
+        "last_line", "recurs",
+    )  # fmt: skip
 
     def state(self) -> tuple[dict[str, Any], list[Tensor]]:
         """Return all that the next steps depend on: numbers, and tensors, whole, which every rank has to help with."""
@@ -3307,6 +3319,8 @@ class Trainer:
             if not 0 <= number < BIG:
                 raise ValueError(f"{name} is {number}")
             setattr(self, name, number)
+        if self.run.model.recur_blocks:
+            self.run.model.set_recurrence(self.recurs)
         self.run.rt.set_random_state(numbers["random"])
         own = [*self.parameters, *self.ema, *self.swa]
         device = self.run.rt.device
@@ -3332,12 +3346,12 @@ class Trainer:
         h, model = self.run.h, self.run.model
         if not model.recur_blocks:
             return
-        passes = len(model.block_order)
-        model.set_recurrence(part_left(h, self.num_steps, self.elapsed) <= 1 - h.recur_start_frac)
-        ratio = len(model.block_order) / passes
-        if ratio > 1:
+        has_begun = self.recurs
+        self.recurs = part_left(h, self.num_steps, self.elapsed) <= 1 - h.recur_start_frac
+        model.set_recurrence(self.recurs)
+        if self.recurs and not has_begun:
             self.settled, self.settled_steps = self.elapsed, self.num_steps
-            self.step_seconds *= ratio
+            self.step_seconds *= len(model.block_order) / len(model.blocks)
             when = f"from step {self.num_steps + 1} on, after {self.elapsed:.1f}s"
             self.run.rt.log(f"recurrence: blocks {h.recur_layers} run twice {when}")
             self.run.rt.record("recurrence", step=self.num_steps, seconds=self.elapsed)
@@ -3552,11 +3566,11 @@ def train(run: Run) -> dict[str, Any]:
     checkpoints = Checkpoints(trainer)
     checkpoints.restore()
     loader = TokenLoader(h, rt, run.train_shards, trainer.num_steps)
-    trainer.switch_recurrence()
     trainer.start_clock()
     rt.finishes_steps = True
     if trainer.num_steps:
         trainer.validate_if_due()  # which the run was stopped before
+    trainer.switch_recurrence()
     while trainer.may_step():
         lr_scale = trainer.lr_scale()
         loss = trainer.step(lr_scale, loader.next_batch())
@@ -4076,10 +4090,9 @@ def _preflight_training(run: Run) -> Trainer:
     fit_training(trainer)
     num_steps = h.warmup_steps if run.rt.compiled else min(2, h.warmup_steps)
     if run.model.recur_blocks:
-        run.model.set_recurrence(False)  # as before RECUR_START_FRAC
-        for _ in range(num_steps):
-            trainer.step(1.0, random_batch(run))
-        run.model.set_recurrence(True)
+        with run.model.without_recurrence():
+            for _ in range(num_steps):
+                trainer.step(1.0, random_batch(run))
     for _ in range(num_steps):
         trainer.step(1.0, random_batch(run))
     trainer.apply_average()
@@ -4158,9 +4171,8 @@ def _preflight_scoring(run: Run) -> None:
     def score_both() -> None:
         """Score a batch in each of the shapes that there will be."""
         if run.model.recur_blocks and h.trains and h.val_loss_every:
-            run.model.set_recurrence(False)  # as in validations before RECUR_START_FRAC
-            plain.score(plain.windows[:num_windows])
-            run.model.set_recurrence(True)
+            with run.model.without_recurrence():  # as validations before RECUR_START_FRAC are
+                plain.score(plain.windows[:num_windows])
         plain.score(plain.windows[:num_windows])
         score_sliding(sliding.windows[:num_windows])
 

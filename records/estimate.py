@@ -344,9 +344,8 @@ def plan_run(t: Any, h: Any, model: torch.nn.Module, card: Card) -> Plan:
     steps = [h.train_batch_tokens / card.count * rates.training + rates.rest]
     step = steps[0]
     if h.recur_blocks:
-        model.set_recurrence(False)
-        first = measured_rates(t, h, model, card) or predicted_rates(h, model, card)
-        model.set_recurrence(True)
+        with model.without_recurrence():
+            first = measured_rates(t, h, model, card) or predicted_rates(h, model, card)
         steps.insert(0, h.train_batch_tokens / card.count * first.training + first.rest)
         step = 1 / (h.recur_start_frac / steps[0] + (1 - h.recur_start_frac) / steps[-1])
     scoring, epoch = evaluation_seconds(t, run, rates)

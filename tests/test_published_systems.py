@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,23 +18,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ONE_THREAD, ROOT
+from conftest import ROOT
 
 import train_gpt as t
 
 pytest.importorskip("scipy", reason="records/fidelity.py needs scipy: pip install -r records/requirements.txt")
-sys.path.insert(0, str(ROOT / "records"))
-import fidelity  # noqa: E402
+from systems import fidelity, load, read_run, run_at_toy_scale  # noqa: E402
 
 N, WINDOW = 62_021_632, 2048  # targets of the whole validation set, as all logs have it
 SYSTEMS = ("pr518", "pr518_legal", "pr562", "pr562_legal", "pr977", "pr1092")
 pytestmark = pytest.mark.skipif(not shutil.which("bash"), reason="a shell reads the files of settings, bash is missing")
-
-
-def load(*names: str) -> t.Hyperparameters:
-    """Settings of the files records/env/<name>.env, read one after the other."""
-    knobs, settings = t.Hyperparameters.knobs(), fidelity.settings_of(*names)
-    return t.Hyperparameters(**{name.lower(): knobs[name.lower()].parse(name, settings[name]) for name in settings})
 
 
 # ------------------------------------------------------------------------------------------------- what the files set
@@ -456,22 +448,10 @@ def toy_runs(once: Callable, corpus: SimpleNamespace) -> Callable[[str], SimpleN
     """Runs a system at toy scale as a user would, once, and returns what it left."""
 
     def fill(name: str, folder: Path) -> None:
-        (folder / "data").symlink_to(corpus.folder)  # where toy.env looks for it
-        files = [str(ROOT / "records" / "env" / f"{part}.env") for part in (name, "toy")]
-        script = 'for f; do . "$f" || exit; done; exec "$PYTHON" "$SCRIPT"'
-        environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "SCRIPT": str(t.CODE), **ONE_THREAD}
-        environment |= {"RUN_ID": name, "DEVICE": "cpu"}
-        command = ["bash", "-ac", script, "toy", *files]
-        process = subprocess.run(command, env=environment, cwd=folder, text=True, capture_output=True, check=False)
-        assert process.returncode == 0, process.stdout + process.stderr
+        run_at_toy_scale(name, folder, corpus.folder)
 
     def run(name: str) -> SimpleNamespace:
-        logs = once(f"toy-{name}", functools.partial(fill, name)) / "logs" / name
-        return SimpleNamespace(
-            result=json.loads((logs / "submission.json").read_text()),
-            events=[json.loads(line) for line in (logs / "metrics.jsonl").read_text().splitlines()],
-            log=(logs / "train.log").read_text(),
-        )
+        return read_run(once(f"toy-{name}", functools.partial(fill, name)) / "logs" / name)
 
     return run
 

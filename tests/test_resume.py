@@ -78,6 +78,21 @@ def test_a_training_that_was_stopped_goes_on_to_the_last_bit(
     assert [(whole.rt.run_dir / n).read_bytes() for n in names] == [(second.rt.run_dir / n).read_bytes() for n in names]
 
 
+def test_recurrence_goes_on_or_begins_in_a_training_that_goes_on(make_run: Callable) -> None:
+    """It begins after 4 of 7 steps. Whichever part of the run takes the fifth step says so, and no other."""
+    settings = {**EVERYTHING, "recur_layers": "1", "val_loss_every": 0}
+    for stop_after, lines in ((3, [0, 1]), (4, [0, 1]), (5, [1, 0])):
+        first, second = make_run(**settings), make_run(**settings)
+        second.rt.run_dir = first.rt.run_dir
+        told = []
+        for run, stop in ((first, stop_after), (second, 0)):
+            events: list[str] = []
+            run.rt.record = lambda event, events=events, **fields: events.append(event)
+            train(run, stop)
+            told.append(events.count("recurrence"))
+        assert told == lines, stop_after
+
+
 def test_a_signal_after_the_last_step_ends_the_run_before_the_export(make_run: Callable) -> None:
     first, second = make_run(**EVERYTHING), make_run(**EVERYTHING)
     second.rt.run_dir = first.rt.run_dir
