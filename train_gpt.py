@@ -1833,7 +1833,10 @@ LARGEST_JSON = 2**23  # bytes of a manifest or journal; 10,000 shards take 2 mil
 LARGEST_TOKENIZER = 2**26
 SLOW_READ_SECONDS = 1.0  # that a step may wait for its tokens before it says so
 BOS = 1  # the first token of every document
-DATA_HELP = "run `python data/download.py`, or `python data/demo.py` and set DATA_PATH=./data/datasets/demo_sp1024"
+DATA_HELP = (
+    "run `python data/download.py` (with --variant for another vocabulary, see data/README.md), or "
+    "`python data/demo.py` and set DATA_PATH=./data/datasets/demo_sp1024"
+)
 
 
 def find_path(path: str | Path, variable: str) -> Path:
