@@ -3239,7 +3239,7 @@ class Trainer:
         self.settled = 0.0  # `elapsed` there
         self.settled_steps = 0  # `num_steps` there
         self.step_seconds = 0.0  # mean duration of a step
-        self.recurs = False  # whether RECUR_LAYERS run twice
+        self.num_passes = len(run.model.blocks)  # through blocks in a step: more, once RECUR_LAYERS run twice
         self.last_line = 0.0  # `elapsed` at the last log line
         self.stop_signal = 0  # that all ranks know of
 
@@ -3304,7 +3304,7 @@ class Trainer:
 
     NUMBERS = (
         "num_steps", "num_segments", "num_snapshots", "elapsed", "settled", "settled_steps", "step_seconds",
-        "last_line", "recurs",
+        "last_line", "num_passes",
     )  # fmt: skip
 
     def state(self) -> tuple[dict[str, Any], list[Tensor]]:
@@ -3323,7 +3323,7 @@ class Trainer:
                 raise ValueError(f"{name} is {number}")
             setattr(self, name, number)
         if self.run.model.recur_blocks:
-            self.run.model.set_recurrence(self.recurs)
+            self.run.model.set_recurrence(self.num_passes > len(self.run.model.blocks))
         self.run.rt.set_random_state(numbers["random"])
         own = [*self.parameters, *self.ema, *self.swa]
         device = self.run.rt.device
@@ -3349,12 +3349,12 @@ class Trainer:
         h, model = self.run.h, self.run.model
         if not model.recur_blocks:
             return
-        has_begun = self.recurs
-        self.recurs = part_left(h, self.num_steps, self.elapsed) <= 1 - h.recur_start_frac
-        model.set_recurrence(self.recurs)
-        if self.recurs and not has_begun:
+        before = self.num_passes
+        model.set_recurrence(part_left(h, self.num_steps, self.elapsed) <= 1 - h.recur_start_frac)
+        self.num_passes = len(model.block_order)
+        if self.num_passes > before:
             self.settled, self.settled_steps = self.elapsed, self.num_steps
-            self.step_seconds *= len(model.block_order) / len(model.blocks)
+            self.step_seconds *= self.num_passes / before
             when = f"from step {self.num_steps + 1} on, after {self.elapsed:.1f}s"
             self.run.rt.log(f"recurrence: blocks {h.recur_layers} run twice {when}")
             self.run.rt.record("recurrence", step=self.num_steps, seconds=self.elapsed)
