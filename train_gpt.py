@@ -1312,6 +1312,8 @@ class Runtime:
                 self.handlers[number] = signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _: Any) -> None:
+        if self.lifeline.is_leaving:
+            return  # this process ends in half a second, and says why
         is_second = self.stop_signal != 0
         if is_second and time.monotonic() - self.stop_time > 1:
             os._exit(128 + number)
@@ -1442,6 +1444,7 @@ class Lifeline:
         self.heard: dict[socket.socket, float] = {}  # when it was heard of last
         self.on_leaving: Callable[[], None] | None = None  # what there is to finish before this process ends
         self.is_armed = True  # until this process ends by itself
+        self.is_leaving = False  # it ends, because another one is gone
         self.failed: int | None = None  # the rank that has said that it is about to end
         if rt.world_size > 1:
             self._connect()
@@ -1514,7 +1517,7 @@ class Lifeline:
         except BlockingIOError:
             return
         except OSError as error:
-            self._leave(rank, str(error))
+            self._leave(rank, f"its connection is broken: {error.strerror}")
             return
         if not message:
             self._leave(rank, "it has failed" if rank == self.failed else "its connection is closed")
@@ -1557,6 +1560,7 @@ class Lifeline:
 
     def _leave(self, rank: int, why: str) -> None:
         """End this process, because that of `rank` is gone, unless it ends by itself."""
+        self.is_leaving = self.is_armed
         if self.rt.rank == 0:
             self._say(GONE + struct.pack("<I", rank))
         time.sleep(0.5)  # for what goes wrong on all ranks, which have their own say then

@@ -264,14 +264,21 @@ def test_a_signal_ends_scoring_at_once_and_no_training_is_done_again(start: Call
 
 # -------------------------------------------------------------------------------------------------------- dead ranks
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_end_of_a_rank_is_that_of_all_within_seconds(start: Callable, rank: int) -> None:
-    run = start(2, RUN_ID="a", ITERATIONS=100_000)
-    run.wait_for("step:12/")
+@pytest.mark.parametrize(
+    ("settings", "until"),
+    [({"ITERATIONS": 100_000}, "step:12/"), ({"TTT_EPOCHS": 1000}, "quantized val_loss")],
+    ids=["training", "scoring"],
+)
+def test_the_end_of_a_rank_is_that_of_all_within_seconds(
+    start: Callable, rank: int, settings: dict[str, int], until: str
+) -> None:
+    run = start(2, RUN_ID="a", **settings)
+    run.wait_for(until)
     begun = time.monotonic()
     os.kill(run.workers()[rank], signal.SIGKILL)
     assert run.wait(NOTICED_WITHIN) == 1
     print(f"noticed after {time.monotonic() - begun:.1f}s")
-    assert f"rank {rank} of 2 is gone (its connection" in run.output
+    assert f"rank {rank} of 2 is gone (its connection" in run.output, run.output
 
 
 def test_a_rank_that_raises_has_its_own_traceback_in_its_own_file(start: Callable, tmp_path: Path) -> None:
