@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from challenge import ALPHA, MARGIN
 from scipy import optimize, stats
 
-MARGIN = 0.005  # nats per token by which a record has to be better: the challenge's README, "Submission Process"
-ALPHA = 0.01  # and the p below which that has to be shown, from the same place
 POWER = 0.8  # the usual chance of success that an experiment is planned for (Cohen 1988)
 MAX_SEEDS = 1000  # seeds_needed looks no further
 # val_bpb / val_loss is the number of tokens per byte, over ln 2. In the published scores it differs by up to 0.04%

@@ -27,14 +27,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import check
+import checker
 import significance
+from challenge import SEEDS_OF_A_RECORD, SIZE_LIMIT, TIME_LIMIT
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from train_gpt import unpack  # noqa: E402 - the packer of the runs themselves
 
-SIZE_LIMIT, SEEDS_OF_A_RECORD = 16_000_000, 3
 OWN_SETTINGS = (
     "seed",
     "run_id",
@@ -169,8 +169,8 @@ def booleans(runs: list[Run], shipped: bytes) -> dict[str, bool | None]:
     watched = all("train" in run.compliance["proofs"]["files"].get("phases_watched", ()) for run in runs)
     results = [run.result for run in runs]
     return {
-        "train_under_600s": all(training_seconds(result) <= 600 for result in results),
-        "eval_under_600s": all(result["eval_seconds"] <= 600 for result in results),
+        "train_under_600s": all(training_seconds(result) <= TIME_LIMIT for result in results),
+        "eval_under_600s": all(result["eval_seconds"] <= TIME_LIMIT for result in results),
         "artifact_under_16mb": all(len(shipped) + result["bytes_model"] <= SIZE_LIMIT for result in results),
         "three_seeds": len(runs) >= SEEDS_OF_A_RECORD,
         "score_first_ttt": proven("future_flip", "once_only", "last_chunk"),
@@ -411,7 +411,7 @@ def write_folder(runs: list[Run], options: argparse.Namespace) -> Path:
             files[f"compliance_seed{run.result['seed']}.json"] = compliance.encode()
         for name, data in files.items():
             (part / name).write_bytes(data)
-        _, findings = check.audit(part)
+        _, findings = checker.audit(part)
         if faults := [f"{f.rule} {f.message} ({f.file})" for f in findings if f.severity == "reject"]:
             raise Refusal("\n  ".join(["records/check.py rejects the folder:", *faults]))
         part.rename(folder)

@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT / "records"))
 submit = pytest.importorskip(
     "submit", reason="the tools' packages are missing: pip install -r records/requirements.txt"
 )
-import check  # noqa: E402
+from checker import audit as check_folder  # noqa: E402
+from checker.portability import syntax_error  # noqa: E402
 
 SOURCE = (ROOT / "train_gpt.py").read_bytes()
 PACKED = t.pack(SOURCE)
@@ -107,7 +108,7 @@ def test_a_packed_script_holds_its_source_byte_for_byte_and_parses_on_every_pyth
     assert t.unpack(SOURCE) is None
     for text in (PACKED, SOURCE):
         ast.parse(text, feature_version=(3, 10))
-        assert check.newer_fstring(text.decode()) == 0
+        assert syntax_error(text.decode()) is None
     for version in ("3.10", "3.11", "3.12", "3.13"):
         interpreter = shutil.which(f"python{version}")
         if interpreter and subprocess.run([interpreter, "-c", ""], capture_output=True, check=False).returncode == 0:
@@ -217,7 +218,7 @@ def test_three_seeds_become_a_complete_folder_whose_figures_are_those_of_the_run
     assert f"**val_bpb: {content['val_bpb']:.6f}**" in text and "not a record" not in text and "What is new." in text
     assert all(f"| {seed} | 4 | " in text and f"{results[seed]['val_bpb']:.6f}" in text for seed in (1, 2, 3))
     assert "/corpus" not in text and "/corpus" not in (folder / "compliance_seed1.json").read_text()  # nobody's paths
-    _, findings = check.audit(folder)
+    _, findings = check_folder(folder)
     assert [f for f in findings if f.severity != "note"] == []
 
 
