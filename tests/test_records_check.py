@@ -1250,6 +1250,15 @@ def test_the_exit_status_is_0_without_1_with_a_reject_and_2_without_a_folder(fol
     assert "no such folder" in capsys.readouterr().err
 
 
+def test_the_rules_and_the_accepted_records_are_listed(capsys):
+    assert main(["--rules"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n{name:3} {rule.gravest}" in f"\n{out}" for name, rule in RULES.items())
+    assert "2026-05-01  1.0565  #2135" in out
+    with pytest.raises(SystemExit):
+        main([])
+
+
 def test_json_is_one_document_of_the_described_form(folder, capsys):
     good, bad = folder(), folder(logs(model=16_500_000), name="2026-04-10_Bad")
     assert main(["--json", str(good), str(bad)]) == 1

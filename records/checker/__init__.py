@@ -11,7 +11,7 @@ ruling of the organizers is broken by the folder's own figures. `warn`: merged r
     command                                running them, and printing
 """
 
-from . import files, sizes, seconds, metric, claims, order, portability  # noqa: F401, I001 - the order of the rules
+from . import files, sizes, seconds, metric, claims, order, mechanisms, portability  # noqa: F401, I001 - the order of the rules
 from .command import audit, main
 
 __all__ = ["audit", "main"]

@@ -13,10 +13,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from challenge import ACCEPTED
+
 from .folder import Folder, eval_seconds, read_folder
 from .logs import model_bytes, train_seconds
 from .reading import clean
-from .rules import FAULT, RULES, SEVERITIES, Finding, run_rules
+from .rules import FAULT, FIRST, RULES, SEVERITIES, Finding, run_rules
 from .submission import bpb_of
 
 
@@ -28,6 +30,13 @@ def audit(path: Path) -> tuple[Folder, list[Finding]]:
         message = f"could not be read ({type(error).__name__}: {error}), so nothing was checked: please report it"
         return Folder(path), [Finding(FAULT, "reject", message)]
     return folder, run_rules(folder)
+
+
+def verdict_of(findings: list[Finding]) -> str:
+    """Return "reject", "doubtful" for a score that no accepted record has reached, or "ok"."""
+    if any(finding.severity == "reject" for finding in findings):
+        return "reject"
+    return "doubtful" if any(finding.rule == FIRST for finding in findings) else "ok"
 
 
 def as_json(folder: Folder, findings: list[Finding]) -> dict[str, Any]:
@@ -44,7 +53,7 @@ def as_json(folder: Folder, findings: list[Finding]) -> dict[str, Any]:
     values = [row["val_bpb"] for row in rows]
     counts = Counter(finding.severity for finding in findings)
     return {
-        "folder": clean(str(folder.path)), "record": folder.record, "verdict": "reject" if counts["reject"] else "ok",
+        "folder": clean(str(folder.path)), "record": folder.record, "verdict": verdict_of(findings),
         "counts": {name: counts[name] for name in SEVERITIES}, "claimed_val_bpb": bpb_of(folder.submission),
         "mean_val_bpb": statistics.fmean(values) if values else None,
         "std_val_bpb": statistics.stdev(values) if len(values) > 1 else None, "logs": rows,
@@ -77,12 +86,28 @@ def table_of(folder: Folder, entry: dict[str, Any]) -> str:
     return "\n".join([*lines, f"{entry['verdict'].upper()}: {counts}; {mean}: {entry['folder']}\n"])
 
 
+def list_of_rules() -> str:
+    """Return all rules with their gravest severity, and the records that scores are compared with."""
+    lines = [f"{name:3} {rule.gravest:7}{rule.meaning} [{rule.source}]" for name, rule in sorted(RULES.items())]
+    lines += ["", "Accepted records, each the best at its time (date, bits per byte, pull request):"]
+    lines += [f"{record.date}  {record.bpb:.4f}  #{record.pull_request}" for record in ACCEPTED]
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Audits the folders that are named and returns the exit status."""
+    """Audit the folders that are named, print what was found, and return the exit status."""
     parser = argparse.ArgumentParser(description="audits submission folders from their files alone; runs none of them")
-    parser.add_argument("folders", nargs="+", metavar="FOLDER")
+    parser.add_argument("folders", nargs="*", metavar="FOLDER")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
+    parser.add_argument(
+        "--rules", action="store_true", help="list the rules and the accepted records, and check nothing"
+    )
     options = parser.parse_args(arguments)
+    if options.rules:
+        show(list_of_rules())
+        return 0
+    if not options.folders:
+        parser.error("give the folder of a submission, or --rules")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names may have characters that a terminal has not
     if absent := [name for name in options.folders if not os.path.isdir(name)]:

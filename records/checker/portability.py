@@ -25,6 +25,9 @@ def check_parses(folder: Folder) -> Iterator[Finding]:
         if not script.name.endswith(".py"):
             continue
         fault = syntax_error(script.source)
+        if fault is None and script.tree is None:
+            message = f"Python cannot parse it ({script.error[0]}), so it was not looked through"
+            yield Finding("P1", "warn", message, script.name)
         if fault is None:
             continue
         message, line = fault

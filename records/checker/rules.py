@@ -58,6 +58,7 @@ def further(identifier: str) -> Callable[[Check], Check]:
 
 
 FAULT = "X1"  # of this program
+FIRST = "B1"  # a score that cannot be: nothing else counts before that is explained
 RULES[FAULT] = Rule("reject", "the folder was read and every rule ran", "a fault of records/check.py")
 
 
@@ -72,8 +73,9 @@ def run_rules(folder: Folder) -> list[Finding]:
             findings.append(Finding(FAULT, "warn", message))
     order = list(RULES)
 
-    def rank(finding: Finding) -> tuple[int, int, str, int]:
-        return SEVERITIES.index(finding.severity), order.index(finding.rule), finding.file, finding.line
+    def rank(finding: Finding) -> tuple[bool, int, int, str, int]:
+        severity = SEVERITIES.index(finding.severity)
+        return finding.rule != FIRST, severity, order.index(finding.rule), finding.file, finding.line
 
     return sorted(merge(findings), key=rank)
 

@@ -40,6 +40,8 @@ class Script:
     packed: str = ""  # how it was packed
     problem: str = ""  # why it could not be unpacked
     hashes: set[str] = field(default_factory=set)  # SHA-256 of the file and of what is packed in it
+    mechanisms: list[Any] | None = None  # that were recognized in it, once it was looked through
+    unseen: list[str] = field(default_factory=list)  # functions that could not be
 
     def nodes(self) -> Iterator[ast.AST]:
         """Yields all nodes of the tree, none where the source does not parse."""
