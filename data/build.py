@@ -30,6 +30,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import struct
 import sys
@@ -681,7 +682,8 @@ def show(folder: Path, seconds: float) -> None:
     shards.print_table(rows)
     left_out = {**manifest["rejected"], **manifest["dropped"]}
     print("left out: " + (", ".join(f"{number:,} {what}" for what, number in left_out.items() if number) or "nothing"))
-    print(f"built {folder} in {seconds:.1f} s; train on it with\n    DATA_PATH={folder} python train_gpt.py")
+    print(f"built {folder} in {seconds:.1f} s; train on it with")
+    print(f"    DATA_PATH={shlex.quote(str(folder))} python train_gpt.py")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import contextlib
 import gzip
 import io
 import json
+import os
+import shlex
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -24,6 +26,7 @@ from shards import DataError
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".parquet": "parquet"}
 PACKED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # and how such files begin
 BATCH_BYTES = 1 << 20
+LARGEST_WINDOW = 1 << 29  # bytes of memory that a Zstandard frame may ask for, as of `zstd --long=29`
 PACKED_BYTES = 1 << 10  # of a Zstandard frame at a time: 4 bytes can stand for 128 KiB, so this for 32 MiB at most
 JSON_OVERHEAD = 6  # a character takes six bytes at most in JSON (\\u0041) where one would do
 
@@ -64,20 +67,57 @@ class Rejected(NamedTuple):
 def find_sources(paths: Iterable[Path], options: Options) -> tuple[list[Source], Counter]:
     """Returns the files to read, folders opened up in order of their paths, and by suffix how many files in folders are
     not documents by their names; DataError where there is nothing to read."""
-    sources, ignored = [], Counter()
+    sources: list[Source] = []
+    ignored: Counter = Counter()
     for path in paths:
         if not path.exists():
             raise DataError(f"{path} does not exist")
         if not path.is_dir() and not path.is_file():
             raise DataError(f"{path} is no regular file, and is read three times: pipe it to this command, and give -")
-        inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        inside = walk_folder(path, ignored) if path.is_dir() else [path]
         found = [Source(p, kind) for p in inside if (kind := format_of(p, options.format if p == path else "auto"))]
         if not found:
             kinds = f"{', '.join(FORMATS)}, also with {' or '.join(sorted(PACKED))}"
             raise DataError(f"{path} holds no documents by its name ({kinds}): rename it, or say --format")
         sources += found
         ignored.update(p.suffix or p.name for p in {*inside} - {source.path for source in found})
+    check_sources(sources)
     return sources, ignored
+
+
+def walk_folder(folder: Path, ignored: Counter) -> list[Path]:
+    """Returns the regular files in a folder, in order of their paths, links followed. Hidden files and folders are
+    counted in `ignored`. Raises DataError for a folder that cannot be listed, and for one that is inside itself."""
+    files = []
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be listed ({error.strerror}): change its permissions, or move it")
+
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        above = {Path(parent).resolve(), *Path(parent).resolve().parents}
+        for name in folders:
+            if not name.startswith(".") and (Path(parent) / name).resolve() in above:
+                raise DataError(f"{Path(parent) / name} leads back to a folder that it is in: remove that link")
+        ignored.update("hidden" for name in (*folders, *names) if name.startswith("."))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(parent) / name for name in names if not name.startswith(".")):
+            if path.is_symlink() and not path.exists():
+                raise DataError(f"{path} leads to {os.readlink(path)}, which is not there: mend or remove that link")
+            if path.is_file():
+                files.append(path)
+    return sorted(files)
+
+
+def check_sources(sources: list[Source]) -> None:
+    """Raises DataError for a file that cannot be read, and for one that is there twice: it would count twice."""
+    known: dict[tuple[int, int], Path] = {}
+    for path in (source.path for source in sources):
+        if not os.access(path, os.R_OK):
+            raise DataError(f"{path} cannot be read: change its permissions, or move it away")
+        found = path.stat()
+        first = known.setdefault((found.st_dev, found.st_ino), path)
+        if first is not path:
+            raise DataError(f"{path} is {first}, by another name or given twice: leave one of them out")
 
 
 def format_of(path: Path, given: str) -> str:
@@ -104,7 +144,9 @@ class ZstdReader(io.RawIOBase):
     """The unpacked bytes of Zstandard frames. The library's own reader takes a file that was cut off for its end."""
 
     def __init__(self, file: BinaryIO):
-        self.file, self.unpacker, self.inside = file, zstandard.ZstdDecompressor(), False
+        self.file = file
+        self.unpacker = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
+        self.inside = False
         self.frame, self.packed, self.unpacked = self.unpacker.decompressobj(), b"", memoryview(b"")
 
     def readable(self) -> bool:
@@ -149,7 +191,7 @@ def read_pieces(source: Source, options: Options) -> Iterator[tuple[int, bytes |
     try:
         if source.format == "parquet":
             for place, text in enumerate(read_parquet(source.path, options.text_key), 1):
-                known = isinstance(text, str)
+                known = isinstance(text, (str, bytes))  # some writers store text as binary
                 yield place, text if known else None, "" if known else f"no text under the key {options.text_key}"
             return
         with open_unpacked(source.path) as stream:
@@ -158,6 +200,9 @@ def read_pieces(source: Source, options: Options) -> Iterator[tuple[int, bytes |
     except DataError:
         raise
     except (OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError) as error:
+        if "too much memory" in str(error):
+            fix = f"zstd -dc --long=31 {shlex.quote(str(source.path))} | python data/build.py - …"
+            raise DataError(f"{source.path} needs over {LARGEST_WINDOW:,} bytes to be unpacked: {fix}") from None
         yield place + 1, None, f"the file cannot be read from here on ({type(error).__name__}: {error})"
 
 

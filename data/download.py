@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -131,8 +132,19 @@ def hub_errors(what: str) -> Iterator[None]:
         token = "the token that is set may not read it" if import_hub().get_token() else "HF_TOKEN holds no token"
         fix = f"check --repo, --revision and --remote-root; if all are right, it is private or gated, and {token}"
         raise DataError(f"{what}: the Hub answers {status}: {fix}") from None
+    except ImportError as error:  # of what a proxy needs
+        fix = f"pip install {error.name or 'socksio'}, or unset the proxy"
+        raise HubUnreachable(f"{what}: the Hub cannot be asked ({error}): {fix}{proxies()}") from None
     except (errors.HTTPError, OSError, ValueError, KeyError, TypeError) as error:  # the last three: not the Hub's JSON
-        raise HubUnreachable(f"{what}: the Hub cannot be asked ({type(error).__name__}: {error})") from None
+        raise HubUnreachable(f"{what}: the Hub cannot be asked ({type(error).__name__}: {error}){proxies()}") from None
+
+
+def proxies() -> str:
+    """Returns the proxies that this environment names, without passwords, in brackets; nothing without one."""
+    names = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
+    given = [(name, os.environ.get(name, "")) for name in (*names, *map(str.lower, names))]
+    named = [f"{name}={re.sub('//[^/]*@', '//…@', value)}" for name, value in given if value]
+    return f" ({', '.join(named)})" if named else ""
 
 
 def file_url(export: Export, path: str) -> str:
@@ -553,7 +565,7 @@ def download(args: argparse.Namespace) -> None:
 def explain_offline(args: argparse.Namespace, reason: str, missing: list[str]) -> str:
     """Returns what is missing and how to get it without a network here."""
     options = f"--variant {args.variant} --train-shards {args.train_shards}{' --with-docs' * args.with_docs}"
-    source = f"--repo {args.repo} --remote-root {args.remote_root} --revision {args.revision}"
+    source = shlex.join(["--repo", args.repo, "--remote-root", args.remote_root, "--revision", args.revision])
     command = f"python data/download.py {options} {source} --root FOLDER"
     fix = f"Where there is a network, run `{command}`, and copy what is then in FOLDER to {args.root}"
     return f"{reason}\nmissing or unproven of {args.variant}, {len(missing)} files: {shorten(missing)}\n{fix}"
@@ -571,7 +583,8 @@ def print_summary(store: Store, facts: dict[RemoteFile, ShardFacts], fetched: di
     size, there = sum(file.size for file in fetched) / 1e9, len(facts) - len(fetched)
     news = f"fetched {len(fetched)} files, {size:.3f} GB; {there} were there" if fetched else "all was there already"
     print(news)
-    print(f"train with: DATA_PATH={store.folder} torchrun --standalone --nproc_per_node=8 train_gpt.py")
+    where = f"DATA_PATH={shlex.quote(str(store.folder))}"
+    print(f"train with: {where} torchrun --standalone --nproc_per_node=8 train_gpt.py")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

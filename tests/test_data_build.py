@@ -30,7 +30,7 @@ import sentencepiece
 import shards
 import torch
 import zstandard
-from conftest import ROOT, SHARED, TINY
+from conftest import ROOT, SHARED, SMALL, TINY, shell
 
 import train_gpt as t
 
@@ -433,6 +433,121 @@ def test_every_format_gives_the_same_documents(make: Callable, tmp_path: Path, m
         for shard in ("train_000000.bin", "val_000000.bin"):
             assert found[f"{name}_{shard}"] == expected[f"a_{shard}"], (name, shard)
     assert not list((tmp_path / "datasets").glob("*stdin*"))
+
+
+# ---- what lies in folders --------------------------------------------------------------------------------------------
+
+
+def test_links_are_followed_and_hidden_files_are_counted(make, tmp_path):
+    elsewhere, folder = tmp_path / "elsewhere" / "deep", tmp_path / "folder"
+    elsewhere.mkdir(parents=True)
+    folder.mkdir()
+    write_jsonl(elsewhere / "b.jsonl", TEXTS[200:])
+    write_jsonl(folder / "a.jsonl", TEXTS[:200])
+    write_jsonl(folder / ".a-checkpoint.jsonl", TEXTS)
+    (folder / ".ipynb_checkpoints").mkdir()
+    write_jsonl(folder / ".ipynb_checkpoints" / "a.jsonl", TEXTS)
+    (folder / "linked").symlink_to(elsewhere.parent)
+    expected = make(write_jsonl(tmp_path / "all.jsonl", TEXTS), name="y", dedup="none")
+    built = make(folder, name="z", dedup="none")
+    assert built.manifest["rejected"] == {"not read: hidden": 2}
+    assert built.manifest["splits"]["train"]["tokens"] == expected.manifest["splits"]["train"]["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "reason"),
+    [
+        ("b.jsonl", "gone.jsonl", "leads to gone.jsonl, which is not there: mend or remove that link"),
+        ("b.jsonl", "a.jsonl", "by another name or given twice: leave one of them out"),
+        ("b", ".", "leads back to a folder that it is in: remove that link"),
+    ],
+)
+def test_a_link_that_cannot_be_followed_is_refused_with_the_fix(make, tmp_path, name, target, reason):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", TEXTS)
+    (folder / name).symlink_to(target)
+    with pytest.raises(shards.DataError, match=re.escape(reason)):
+        make(folder)
+
+
+def test_a_file_that_is_given_twice_is_refused(make, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    with pytest.raises(shards.DataError, match="given twice"):
+        make(path, path)
+    os.link(path, tmp_path / "b.jsonl")
+    with pytest.raises(shards.DataError, match=re.escape(f"{tmp_path / 'b.jsonl'} is {path}")):
+        make(path, tmp_path / "b.jsonl")
+
+
+def test_what_may_not_be_read_is_refused_before_anything_is(make, tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    (folder / "closed").mkdir(parents=True)
+    path = write_jsonl(folder / "a.jsonl", TEXTS)
+    real = os.scandir  # tests may be run as root, who may read all
+
+    def scandir(place):
+        if Path(place).name == "closed":
+            raise PermissionError(13, "Permission denied", str(place))
+        return real(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(shards.DataError, match="closed cannot be listed .Permission denied.: change its permissions"):
+        make(folder)
+    monkeypatch.setattr(os, "scandir", real)
+    monkeypatch.setattr(documents.os, "access", lambda place, mode: Path(place) != path)
+    with pytest.raises(shards.DataError, match="a.jsonl cannot be read: change its permissions"):
+        make(folder)
+
+
+def zstd_of_window(content: bytes, log: int) -> bytes:
+    """Returns one frame that asks for a window of 2^log bytes, as `zstd --long` writes it."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=log, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return packer.compress(content) + packer.flush()
+
+
+def test_large_windows_of_zstandard_are_read_up_to_a_bound_and_then_the_command_is_named(make, tmp_path):
+    lines = write_jsonl(tmp_path / "a.jsonl", TEXTS).read_bytes()
+    path = tmp_path / "with space.jsonl.zst"
+    path.write_bytes(zstd_of_window(lines, 29))
+    assert make(path, dedup="none").manifest["rejected"] == {}
+    path.write_bytes(zstd_of_window(lines, 30))
+    with pytest.raises(shards.DataError) as refused:
+        make(path, name="y", bad="skip")
+    assert f"zstd -dc --long=31 '{path}' | python data/build.py - …" in str(refused.value)
+
+
+def test_text_that_parquet_holds_as_bytes_is_read(make, tmp_path):
+    texts = [text.encode() for text in TEXTS]
+    table = pyarrow.table({"text": pyarrow.array(texts, pyarrow.binary())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    expected = make(write_jsonl(tmp_path / "a.jsonl", TEXTS), name="y", dedup="none")
+    built = make(tmp_path / "a.parquet", name="z", dedup="none")
+    assert built.manifest["rejected"] == {} and built.manifest["splits"] == expected.manifest["splits"]
+    broken = pyarrow.table({"text": pyarrow.array([*texts, b"caf\xe9"], pyarrow.binary())})
+    pyarrow.parquet.write_table(broken, tmp_path / "b.parquet")
+    built = make(tmp_path / "b.parquet", name="w", dedup="none", bad="skip")
+    assert built.manifest["rejected"] == {"no UTF-8": 1}
+
+
+def test_the_printed_command_trains_from_a_folder_with_a_space_and_an_umlaut(model, tmp_path):
+    home = tmp_path / "Meine Wörter"
+    home.mkdir()
+    write_jsonl(home / "a b.jsonl", TEXTS)
+    command = [sys.executable, str(ROOT / "data" / "build.py"), "a b.jsonl", "--name", "x", "--vocab", str(model)]
+    done = subprocess.run([*command, "--root", "."], cwd=home, capture_output=True, text=True, check=True)
+    absolute = subprocess.run([*command, "--root", str(home)], cwd=home, capture_output=True, text=True, check=True)
+    assert "up to date" in absolute.stdout
+    printed = [re.search(r"train on it with\n    (DATA_PATH=.*)", out)[1] for out in (done.stdout, absolute.stdout)]
+    short = SMALL | {"ITERATIONS": 1, "TTT_ENABLED": 0, "MAX_VAL_TOKENS": 256}
+    settings = shell(SimpleNamespace(data_path="", tokenizer_path=""), **short)
+    del settings["DATA_PATH"], settings["TOKENIZER_PATH"]  # the command has one, the manifest the other
+    for number, line in enumerate(printed):
+        line = line.replace("python train_gpt.py", f"{sys.executable} {ROOT / 'train_gpt.py'}")
+        settings["RUN_ID"] = f"r{number}"
+        ran = subprocess.run(["bash", "-c", line], cwd=home, env=settings, capture_output=True, text=True)
+        assert ran.returncode == 0 and "final_exact" in ran.stdout, ran.stderr[-2000:]
 
 
 # ---- what is no document ---------------------------------------------------------------------------------------------

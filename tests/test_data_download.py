@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -574,6 +575,30 @@ def test_without_a_network_and_without_a_manifest_nothing_counts_as_whole(
     (root / FOLDER / "manifest.json").write_text(json.dumps(hub.manifest))
     assert missing in run().error
     assert_nothing_unchecked(hub, root)
+
+
+@pytest.mark.parametrize(
+    ("proxy", "fix"),
+    [
+        ("socks5://127.0.0.1:9", "or unset the proxy (ALL_PROXY=socks5://127.0.0.1:9)"),
+        ("http://me:secret@nowhere.invalid", "(ALL_PROXY=http://…@nowhere.invalid)"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used_is_named_and_local_data_are_still_checked(
+    proxy: str, fix: str, hub: Hub, root: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if proxy.startswith("socks") and importlib.util.find_spec("socksio"):
+        pytest.skip("socksio is installed here, so such a proxy is no error")
+    run()
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.setenv("NO_PROXY", "")
+    with start(hub, root, "--train-shards", "4") as process:
+        out, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in error and "secret" not in out
+    assert "the Hub cannot be asked" in out and fix in out and "all is there" in out
+    with start(hub, root, "--list") as process:
+        out, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and len(error.splitlines()) == 1 and fix in error
 
 
 def test_a_hub_that_is_down_counts_as_no_network(hub: Hub, run: Callable[..., Result]) -> None:
