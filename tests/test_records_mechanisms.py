@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import test_records_check as folders
@@ -356,6 +358,41 @@ def test_mixtures_that_are_no_distribution_are_recognized(source: str) -> None:
 @pytest.mark.parametrize("source", [KNOWN_CONTEXTS, TILTED, CLIPPED])
 def test_mixtures_that_depend_on_the_context_alone_are_not_taken_for_it(source: str) -> None:
     assert rules_of(source) == set()
+
+
+# ------------------------------------------------------------ in the styles of participants
+def sources_of(name: str) -> list[tuple[str, str]]:
+    """Returns (title, source) of the functions in a file of this test's."""
+    text = (Path(__file__).parent / "mechanisms" / name).read_text()
+    return [tuple(part.split("\n", 1)) for part in re.split(r"^#### ", text, flags=re.M)[1:]]
+
+
+@pytest.mark.parametrize(("title", "source"), sources_of("legal.txt"))
+def test_nothing_legal_is_taken_for_a_mechanism(title: str, source: str) -> None:
+    assert rules_of(source) == set(), title
+
+
+@pytest.mark.parametrize(("title", "source"), sources_of("illegal.txt"))
+def test_mechanisms_are_recognized_in_other_styles_and_those_that_are_missed_are_known(title: str, source: str) -> None:
+    expected = title.partition(":")[0]
+    assert rules_of(source) == (set() if expected == "missed" else set(expected.split())), title
+
+
+NESTED = "def f(x):\n    return g(x)\ndef k(x):\n    return " + "f(" * 40 + "x" + ")" * 40 + "\n"
+INDEXED = "def k(t, h):\n    for i in range(3):\n" + "        h = t[h]\n" * 40 + "        h.backward()\n    return h\n"
+    "def k(t, h):\n    for i in range(3):\n" + "        h = t[h]\n" * 40 + "        h.backward()\n    return m(h)\n"
+)
+CROSSED = "def k(a, b):\n" + "    a = a[b]\n    b = b[a]\n" * 30 + "    return a\n"
+CHAINED = "def k(t):\n    v0 = t\n" + "".join(f"    v{i} = t[{i}] + v{i - 1}\n" for i in range(1, 4000))
+PAIRS = "        m(t[i+{0}]).backward()\n        total += F.cross_entropy(m(t[i+{0}]), t[i])\n"
+EVENTS = "def k(m, t):\n    total = 0\n    for i in range(9):\n" + "".join(PAIRS.format(i) for i in range(1000))
+
+
+@pytest.mark.parametrize("source", [NESTED, INDEXED, CROSSED, CHAINED, EVENTS])
+def test_no_small_script_keeps_the_checker_busy(source: str) -> None:
+    started = time.process_time()
+    rules_of(source)
+    assert time.process_time() - started < 30  # 3 s at most; minutes to years where paths or calls double
 
 
 def test_names_play_no_part() -> None:

@@ -17,18 +17,30 @@ from .scripts import name_of
 SIZES = {"len", "range", "size", "numel", "dim", "zeros", "ones", "empty", "full", "zeros_like", "ones_like", "eye"}
 SIZES |= {"empty_like", "full_like", "randn", "rand", "new_zeros", "new_ones", "shape", "device", "dtype", "ndim"}
 LOSSES = {"cross_entropy", "nll_loss"}
+CRITERIA = {"CrossEntropyLoss", "NLLLoss"}  # make functions of that kind
+GRADIENTS = {"grad", "value_and_grad", "grad_and_value"}
 DISTRIBUTIONS = {"softmax", "log_softmax"}
 LOOKUPS = {"take", "index_select", "get", "take_along_axis"}
-UPDATES = {"update", "add_", "append", "extend", "scatter_add_", "index_add_", "index_put_", "put", "at"}
+COUNTS = {"update", "scatter_add_", "index_add_", "index_put_", "put", "at"}
+UPDATES = {*COUNTS, "add_", "append", "extend"}
+CUTS = {"remainder", "fmod", "bitwise_and"}  # as the operators % and &
+FORMS = {"to", "view", "reshape", "expand", "permute", "transpose", "flatten", "type", "astype", "cuda", "squeeze"}
+FORMS |= {"unsqueeze", "sum", "mean", "clamp", "clip"}  # whose arguments are sizes, devices, bounds
 ACCUMULATORS = {"append", "extend", "add_"}
 SAME_VALUE = {  # which give a value in another form, and compute no new one from a model
     "item", "detach", "float", "double", "half", "long", "int", "bool", "to", "cpu", "cuda", "numpy", "tolist", "clone",
     "contiguous", "reshape", "view", "flatten", "squeeze", "unsqueeze", "expand", "transpose", "permute", "sum", "mean",
     "clamp", "clip", "exp", "log", "log2", "neg", "abs", "mul", "div", "sub", "add", "max", "min", "tensor", "array",
     "asarray", "as_tensor", "from_numpy", "stack", "cat", "concatenate", "list", "tuple", "enumerate", "zip", "astype",
-    "minimum", "maximum", "where", "logaddexp", "reversed", "sorted", "type", "pin_memory", "non_blocking",
+    "minimum", "maximum", "where", "logaddexp", "reversed", "sorted", "type", "pin_memory", "amin", "remainder", "fmod",
+    "bitwise_and",
 }  # fmt: skip
 WEIGHTS = "weights"  # stands for all that a backward pass changes
+# What is followed at most; a function that is larger is said not to have been looked through.
+MAX_PATHS = 24  # of a value
+MAX_STEPS = 8  # of a path
+MAX_EVENTS = 400  # of a function
+MAX_EXPRESSIONS = 100_000
 
 
 class Step(NamedTuple):
@@ -47,12 +59,19 @@ class Path(NamedTuple):
 
     def loops(self) -> frozenset[int]:
         """Return the loops that the value varies with."""
-        found: set[int] = set()
-        for step in self.steps:
-            found |= step.loops
-            for origin in step.origins:
-                found |= origin.loops()
-        return frozenset(found)
+        return frozenset().union(*(step.loops for step in self.steps))
+
+    def at(self, text: str, loops: frozenset[int] = frozenset(), origins: frozenset[Path] = frozenset()) -> Path:
+        """Return the path of a part of the value. Of where an index comes from, only one level is kept."""
+        if len(self.steps) >= MAX_STEPS:
+            return self
+        plain = frozenset(Path(o.root, tuple(step._replace(origins=frozenset()) for step in o.steps)) for o in origins)
+        together = loops.union(*(origin.loops() for origin in origins))
+        return Path(self.root, (*self.steps, Step(text, together, plain)))
+
+    def is_part(self) -> bool:
+        """Whether it is a part of a variable, or new from a call, and not an attribute, as settings are."""
+        return bool(self.steps) and not self.steps[-1].text.startswith(".")
 
 
 def overlap(a: Path, b: Path, inner: frozenset[int]) -> bool:
@@ -78,6 +97,11 @@ class Value:
     time: int = 0  # of the last call that computed it
     is_computed: bool = False  # by a call of something that is not known here
     is_loss: bool = False  # or a probability, of targets
+    is_each: bool = False  # of each target by itself
+    is_stack: bool = False  # of several such losses
+    is_comparison: bool = False  # of two such losses
+    is_collected: bool = False  # a sum or list of losses that have been noted
+    made_in: frozenset[int] = frozenset()  # loops around the call that computed it
     is_distribution: bool = False
     is_mixed: bool = False  # integers multiplied or combined by exclusive or
     is_hashed: bool = False  # and cut to the size of a table
@@ -87,19 +111,25 @@ class Value:
 
 def union(*values: Value) -> Value:
     """Return what depends on all of these."""
+    if len(values) == 1:
+        return values[0]
+    data = frozenset().union(*(value.data for value in values))
+    if len(data) > MAX_PATHS:
+        data = frozenset(sorted(data, key=lambda path: (path.root, [step.text for step in path.steps]))[:MAX_PATHS])
+    lookups = frozenset().union(*(value.lookups for value in values))
+    flags = {name: any(getattr(value, name) for value in values) for name in FLAGS}
     return Value(
-        data=frozenset().union(*(value.data for value in values)),
+        data=data,
         objects=frozenset().union(*(value.objects for value in values)),
         loops=frozenset().union(*(value.loops for value in values)),
+        made_in=frozenset().union(*(value.made_in for value in values)),
         time=max((value.time for value in values), default=0),
-        is_computed=any(value.is_computed for value in values),
-        is_loss=any(value.is_loss for value in values),
-        is_distribution=any(value.is_distribution for value in values),
-        is_mixed=any(value.is_mixed for value in values),
-        is_hashed=any(value.is_hashed for value in values),
-        lookups=frozenset().union(*(value.lookups for value in values)),
-        is_mixture=any(value.is_mixture for value in values),
+        lookups=lookups if len(lookups) <= MAX_PATHS else frozenset(),
+        **flags,
     )
+
+
+FLAGS = [name for name in Value.__dataclass_fields__ if name.startswith("is_")]
 
 
 @dataclass
@@ -125,13 +155,14 @@ class Loop:
 class Event:
     """Something that happens to data: it is trained on, counted in a table, or scored."""
 
-    kind: str  # train, update, score
+    kind: str  # train, count (in a table), update (of anything), score
     time: int
     line: int
     data: frozenset[Path]
     loops: tuple[int, ...]  # around it, the outermost first
     objects: frozenset[str] = frozenset()  # that are changed, or that the score is of
     name: str = ""  # of the variable that scores are added to
+    made_in: frozenset[int] = frozenset()  # loops around what computed the score
 
 
 @dataclass
@@ -146,15 +177,33 @@ class Summary:
     updated: set[str] = field(default_factory=set)  # parameters that it changes
     is_mixed: bool = False  # what it returns
     is_hashed: bool = False
+    is_each: bool = False
+
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+class KnownCall(NamedTuple):
+    """A call of a function of the script: two with one key are given the same things."""
+
+    name: str
+    key: tuple[object, ...]
+    branches: tuple[tuple[int, int], ...]
+    line: int
+
+
+class TooLarge(Exception):
+    """A function is larger than what is followed."""
 
 
 class Flow:
     """Walks through a function once, in the order of its statements, and collects events and remarkable expressions."""
 
-    def __init__(self, function: ast.FunctionDef | ast.AsyncFunctionDef, known: dict[str, Summary], modules: set[str]):
+    def __init__(self, function: Function, known: dict[str, Summary], modules: set[str], criteria: set[str]):
         self.function = function
         self.known = known  # functions of the script
         self.modules = modules  # names that are imported
+        self.criteria = criteria  # names of what computes losses
         self.values: dict[str, Value] = {}
         self.events: list[Event] = []
         self.loops: list[Loop] = []  # around the present statement
@@ -162,7 +211,11 @@ class Flow:
         self.targets: set[Path] = set()
         self.inputs: set[str] = set()  # variables that are given to a model, or subscripted
         self.remarks: list[tuple[str, int]] = []  # kind of expression, line
-        self.calls: list[tuple[str, tuple[str, ...], int]] = []  # of the script's functions: name, arguments, line
+        self.calls: list[KnownCall] = []  # of the script's functions that score and change something
+        self.called: set[str] = set()  # functions of the script
+        self.versions: dict[str, int] = {}  # how often a variable was assigned
+        self.branches: tuple[tuple[int, int], ...] = ()  # line of an `if` around, and its arm
+        self.num_expressions = 0
         self.returned: list[Value] = []
         self.time = 0
         self.ungraded = 1 if any(is_no_grad(head) for head in function.decorator_list) else 0
@@ -171,7 +224,7 @@ class Flow:
         self.is_whole = True  # nothing of it was too deep to be looked through
         try:
             self.walk(function.body)
-        except RecursionError:
+        except (RecursionError, TooLarge):
             self.is_whole = False
 
     # ---------------------------------------------------------------- statements
@@ -182,98 +235,130 @@ class Flow:
 
     def visit(self, node: ast.stmt) -> None:
         if isinstance(node, ast.Assign):
-            value = self.value(node.value)
-            for target in node.targets:
-                self.assign(target, value, node)
-        elif isinstance(node, ast.AnnAssign) and node.value is not None:
-            self.assign(node.target, self.value(node.value), node)
+            self.visit_assignment(node)
+        elif isinstance(node, ast.AnnAssign):
+            if node.value is not None:
+                self.assign(node.target, self.value(node.value), node)
         elif isinstance(node, ast.AugAssign):
             self.add(node)
-        elif isinstance(node, ast.Return) and node.value is not None:
-            value = self.value(node.value)
-            self.returned.append(value)
-            self.note_score(value, "return", node)
-        elif isinstance(node, (ast.For, ast.While)):
+        elif isinstance(node, ast.Return):
+            if node.value is not None:
+                value = self.value(node.value)
+                self.returned.append(value)
+                self.note_score(value, "return", node)
+        elif isinstance(node, (ast.For, ast.AsyncFor, ast.While)):
             self.visit_loop(node)
         elif isinstance(node, ast.If):
             self.visit_branch(node)
-        elif isinstance(node, ast.With):
+        elif isinstance(node, (ast.With, ast.AsyncWith)):
             self.visit_with(node)
-        elif isinstance(node, ast.Try):
-            handlers = [handler.body for handler in node.handlers]
-            for part in (node.body, *handlers, node.orelse, node.finalbody):
-                self.walk(part)
-        elif isinstance(node, ast.Expr):
-            self.value(node.value)
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Yield):
+            if node.value.value is not None:
+                self.note_score(self.value(node.value.value), "return", node)
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            self.visit_parts(node)
 
-    def visit_loop(self, node: ast.For | ast.While) -> None:
+    def visit_parts(self, node: ast.AST) -> None:
+        """Look at all that a statement of another kind holds: try, match, assert, an expression."""
+        for part in ast.iter_child_nodes(node):
+            if isinstance(part, ast.stmt):
+                self.time += 1
+                self.visit(part)
+            elif isinstance(part, ast.expr):
+                self.value(part)
+            else:  # a handler, a case
+                self.visit_parts(part)
+
+    def visit_assignment(self, node: ast.Assign) -> None:
+        for target in node.targets:
+            is_pair = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+            if is_pair and len(target.elts) == len(node.value.elts):
+                values = [self.value(part) for part in node.value.elts]
+                for part, value in zip(target.elts, values):
+                    self.assign(part, value, node)
+            else:
+                self.assign(target, self.value(node.value), node)
+
+    def visit_loop(self, node: ast.For | ast.AsyncFor | ast.While) -> None:
         loop = Loop(len(self.all_loops) + 1, node)
-        if isinstance(node, ast.For):
+        is_counted = not isinstance(node, ast.While)
+        if is_counted:
             loop.over = self.value(node.iter)
         self.all_loops.append(loop)
         self.loops.append(loop)
-        if isinstance(node, ast.For):
-            self.bind_items(node.target, node.iter, loop)
+        if is_counted:
+            self.bind_items(node.target, node.iter, loop.over, loop)
+        else:
+            self.value(node.test)
         self.walk(node.body)
         self.loops.pop()
         self.walk(node.orelse)
 
-    def bind_items(self, target: ast.expr, iterable: ast.expr, loop: Loop) -> None:
+    def bind_items(self, target: ast.expr, iterable: ast.expr, source: Value, loop: Loop) -> None:
         """Give loop variables their values: counters, or items of what the loop runs over."""
         counter = Value(loops=frozenset({loop.number}))
         call = name_of(iterable.func) if isinstance(iterable, ast.Call) else ""
-        if call == "enumerate" and isinstance(target, ast.Tuple) and iterable.args:
+        if call == "enumerate" and isinstance(target, ast.Tuple) and len(target.elts) == 2 and iterable.args:
             self.assign(target.elts[0], counter, loop.node)
-            self.bind_items(target.elts[1], iterable.args[0], loop)
+            self.bind_items(target.elts[1], iterable.args[0], source, loop)
         elif call == "zip" and isinstance(target, ast.Tuple):
-            for part, source in zip(target.elts, iterable.args):
-                self.bind_items(part, source, loop)
+            for part, each in zip(target.elts, iterable.args):
+                self.bind_items(part, each, self.value(each), loop)
         elif call.rpartition(".")[2] in ("range", "arange", "count"):
             self.assign(target, counter, loop.node)
         else:
-            source = self.value(iterable)
-            step = Step("*", frozenset({loop.number}), frozenset())
-            items = frozenset(Path(path.root, (*path.steps, step)) for path in source.data)
+            items = frozenset(path.at("*", counter.loops) for path in source.data)
             self.assign(target, replace(source, data=items, loops=source.loops | counter.loops), loop.node)
 
     def visit_branch(self, node: ast.If) -> None:
         condition = self.value(node.test)
-        for statement in node.body:
-            if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-                before = self.values.get(statement.targets[0].id, Value())
-                self.check_choice(condition, self.value(statement.value), before, statement.lineno)
-        self.walk(node.body)
-        self.walk(node.orelse)
+        before = dict(self.values)
+        around = self.branches
+        for arm, body in enumerate((node.body, node.orelse)):
+            self.branches = (*around, (node.lineno, arm))
+            self.walk(body)
+            for name, value in self.values.items():
+                if arm == 0 and name in before and value is not before[name]:
+                    self.check_choice(condition, value, before[name], node.lineno)
+        self.branches = around
 
-    def visit_with(self, node: ast.With) -> None:
+    def visit_with(self, node: ast.With | ast.AsyncWith) -> None:
         ungraded = any(is_no_grad(item.context_expr) for item in node.items)
+        for item in node.items:
+            self.value(item.context_expr)
         self.ungraded += ungraded
         self.walk(node.body)
         self.ungraded -= ungraded
 
-    def assign(self, target: ast.expr, value: Value, node: ast.stmt) -> None:
+    def assign(self, target: ast.expr, value: Value, node: ast.AST) -> None:
         if isinstance(target, (ast.Tuple, ast.List)):
-            for part in target.elts:
-                self.assign(part, value, node)
+            for number, part in enumerate(target.elts):
+                own = frozenset(path.at(f"item {number}") for path in value.data)
+                self.assign(part, replace(value, data=own), node)
         elif isinstance(target, ast.Starred):
             self.assign(target.value, value, node)
         elif isinstance(target, ast.Subscript):
             name = name_of(target.value)
-            self.note_score(value, name, node)
+            before = self.values.get(name, Value())
             key = self.value(target.slice)
+            if key.is_comparison and before.is_each and value.is_each:
+                self.remarks.append(("best", node.lineno))
+            is_collected = self.note_score(value, name, node)
             self.note("update", union(value, key), node, frozenset({name}))
-            self.values[name] = union(self.values.get(name, Value()), value)
+            self.values[name] = union(before, replace(value, is_collected=is_collected or value.is_collected))
         elif name := name_of(target):
             self.values[name] = value
+            self.versions[name] = self.versions.get(name, 0) + 1
 
     def add(self, node: ast.AugAssign) -> None:
         value = self.value(node.value)
         name = name_of(node.target.value if isinstance(node.target, ast.Subscript) else node.target)
-        if isinstance(node.op, ast.Add) and self.note_score(value, name, node):
-            pass
+        is_collected = isinstance(node.op, (ast.Add, ast.Sub)) and self.note_score(value, name, node)
+        if is_collected:
+            value = replace(value, is_collected=True, is_each=False)
         elif isinstance(node.target, ast.Subscript):
             key = self.value(node.target.slice)
-            self.note("update", union(value, key), node, frozenset({name}))
+            self.note("count", union(value, key), node, frozenset({name}))
         before = self.values.get(name, Value(data=frozenset({Path(name)})))
         together = union(before, value)
         is_mixed = together.is_mixed or isinstance(node.op, (ast.Mult, ast.BitXor, ast.LShift))
@@ -284,11 +369,14 @@ class Flow:
     def note(self, kind: str, value: Value, node: ast.AST, objects: frozenset[str], name: str = "") -> None:
         loops = tuple(loop.number for loop in self.loops)
         time = value.time if kind == "score" and value.time else self.time
-        self.events.append(Event(kind, time, node.lineno, value.data, loops, objects, name))
+        self.events.append(Event(kind, time, node.lineno, value.data, loops, objects, name, value.made_in))
+        if len(self.events) > MAX_EVENTS:
+            raise TooLarge
 
     def note_score(self, value: Value, name: str, node: ast.AST) -> bool:
         """Note that losses are collected. Return whether they are."""
-        is_score = bool(value.data) and (value.is_loss or (self.ungraded > 0 and value.is_computed))
+        is_loss = value.is_loss or (self.ungraded > 0 and value.is_computed)
+        is_score = bool(value.data) and not value.is_collected and is_loss
         if is_score:
             self.note("score", value, node, value.objects, name)
         return is_score
@@ -296,6 +384,9 @@ class Flow:
     # ---------------------------------------------------------------- expressions
     def value(self, node: ast.AST) -> Value:
         """Return what is known of the value of an expression."""
+        self.num_expressions += 1
+        if self.num_expressions > MAX_EXPRESSIONS:
+            raise TooLarge
         if isinstance(node, ast.Name):
             if node.id not in self.values and node.id in self.modules:
                 return Value()
@@ -315,10 +406,18 @@ class Flow:
             return union(body, other)
         if isinstance(node, (ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)):
             return self.value_of_comprehension(node)
+        if isinstance(node, ast.NamedExpr):
+            value = self.value(node.value)
+            self.assign(node.target, value, node)
+            return value
         if isinstance(node, (ast.Lambda, ast.JoinedStr, ast.Constant)):
             return Value()
-        together = union(*(self.value(part) for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr)))
-        return replace(together, is_loss=together.is_loss and not isinstance(node, ast.Compare))
+        parts = [self.value(part) for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr)]
+        if isinstance(node, ast.Compare):
+            each = [part for part in parts if part.is_each]
+            is_comparison = len(each) > 1 and each[0].objects != each[1].objects
+            return replace(union(*parts), is_loss=False, is_each=False, is_comparison=is_comparison)
+        return union(*parts)
 
     def value_of_attribute(self, node: ast.Attribute) -> Value:
         name = name_of(node)
@@ -328,17 +427,20 @@ class Flow:
             return Value()
         if name.startswith("self."):
             return Value(data=frozenset({Path(name)}), objects=frozenset({name}))
-        return self.value(node.value)
+        whole = self.value(node.value)
+        if not isinstance(node.value, ast.Name) or node.attr in ("T", "mT", "data", "values", "indices"):
+            return whole
+        return replace(whole, data=frozenset(path.at(f".{node.attr}") for path in whole.data))
 
     def value_of_subscript(self, node: ast.Subscript) -> Value:
         base = self.value(node.value)
         index = self.value(node.slice)
         if isinstance(node.value, ast.Name):
             self.inputs.add(node.value.id)
-        step = Step(ast.unparse(node.slice), index.loops, index.data)
-        data = frozenset(Path(path.root, (*path.steps, step)) for path in base.data)
+        text = ast.unparse(node.slice)
+        data = frozenset(path.at(text, index.loops, index.data) for path in base.data)
         if isinstance(node.slice, ast.Slice):
-            return replace(base, data=data)
+            return replace(base, data=data, loops=base.loops | index.loops)
         return self.look_up(replace(base, data=data), index, node)
 
     def look_up(self, table: Value, key: Value, node: ast.AST) -> Value:
@@ -351,9 +453,17 @@ class Flow:
             if self.holds_target(key):
                 self.remarks.append(("key", node.lineno))
         return Value(
-            data=table.data | key.data, objects=table.objects | key.objects, time=max(table.time, key.time),
-            is_loss=table.is_loss or table.is_distribution, is_computed=table.is_computed, lookups=lookups,
-        )  # fmt: skip
+            data=table.data | key.data,
+            objects=table.objects | key.objects,
+            loops=table.loops | key.loops,
+            made_in=table.made_in,
+            time=max(table.time, key.time),
+            is_computed=table.is_computed,
+            is_loss=table.is_loss or table.is_distribution,
+            is_each=table.is_each or table.is_distribution,
+            is_collected=table.is_collected,
+            lookups=lookups,
+        )
 
     def value_of_operation(self, node: ast.BinOp) -> Value:
         left = self.value(node.left)
@@ -393,129 +503,163 @@ class Flow:
     def value_of_call(self, node: ast.Call) -> Value:
         name = name_of(node.func)
         last = name.rpartition(".")[2] or getattr(node.func, "attr", "")
-        arguments = [self.value(part) for part in node.args]
-        arguments += [self.value(keyword.value) for keyword in node.keywords]
         receiver = Value()
         if isinstance(node.func, ast.Attribute):
             receiver = self.value(node.func.value)
         elif isinstance(node.func, ast.Call):
             receiver = self.value(node.func)
-        together = union(receiver, *arguments)
-        if last in self.known:
+        if self.is_known(node.func, last):
             return self.call_known(node, last, receiver)
+        arguments = [self.value(part) for part in node.args]
+        arguments += [self.value(keyword.value) for keyword in node.keywords]
+        together = union(receiver, *arguments)
         if last == "arange":
             return Value(data=frozenset({Path("arange()")}), loops=together.loops)
-        if last in SIZES:
+        if last in SIZES or last in ("any", "all"):
             return Value(loops=together.loops)
-        if last == "backward" or (last == "grad" and arguments):
-            self.note("train", receiver if last == "backward" else arguments[0], node, frozenset({WEIGHTS}))
+        if self.is_gradient(node, last, arguments):
+            trained = arguments[:1] if last == "grad" else [receiver, *arguments]
+            self.note("train", union(*trained), node, frozenset({WEIGHTS}))
             return together
-        if last in LOSSES:
+        if last in LOSSES or last in self.criteria:
             self.targets |= argument(node, 1, "target", arguments).data
-            return replace(together, is_loss=True, time=self.time)
+            is_each = any(k.arg == "reduction" and ast.unparse(k.value) == "'none'" for k in node.keywords)
+            return replace(self.made_now(together), is_loss=True, is_each=is_each)
         if last in DISTRIBUTIONS:
-            return replace(together, is_distribution=True, time=self.time)
-        if last == "hash":
+            return replace(self.made_now(together), is_distribution=True)
+        if last == "hash" or (last in CUTS and together.is_mixed):
             return replace(together, is_mixed=True, is_hashed=True)
         if last == "gather" or last in LOOKUPS:
-            table, keys = (receiver, arguments) if receiver.data or receiver.objects else (arguments[:1], arguments[1:])
-            return self.look_up(table if isinstance(table, Value) else union(*table), union(*keys), node)
-        if last in ("min", "max", "minimum", "maximum", "fmin", "fmax"):
-            self.check_best(arguments, node)
-        if last == "where" and len(arguments) == 3:
-            self.check_choice(*arguments, node.lineno)
+            if receiver.data or receiver.objects:
+                return self.look_up(receiver, union(*arguments), node)
+            return self.look_up(union(*arguments[:1]), union(*arguments[1:]), node)
+        self.look_for_mixtures(node, last, receiver, arguments)
         if last in UPDATES:
             self.note_update(node, last, receiver, arguments)
+        if last == "stack" and isinstance(node.args[0] if node.args else None, (ast.List, ast.Tuple)):
+            stacked = sum(self.value(part).is_each for part in node.args[0].elts)
+            return replace(together, is_stack=stacked > 1)
         if last in SAME_VALUE:
-            return together
+            value = receiver if last in FORMS and receiver.data else together
+            return replace(value, is_each=value.is_each and last not in ("sum", "mean", "item"))
         return self.computed(node, name, together)
 
+    def is_known(self, function: ast.expr, last: str) -> bool:
+        """Whether a call is one of the script's functions: methods are called on something, others are not."""
+        if last not in self.known:
+            return False
+        is_method = self.known[last].parameters[:1] == ["self"]
+        return is_method == isinstance(function, ast.Attribute)
+
+    def is_gradient(self, node: ast.Call, last: str, arguments: list[Value]) -> bool:
+        """Whether a call computes gradients: loss.backward(), torch.autograd.grad(loss, …), torch.func.grad(f)(…)."""
+        if isinstance(node.func, ast.Call):
+            return name_of(node.func.func).rpartition(".")[2] in GRADIENTS
+        return last == "backward" or (last == "grad" and len(arguments) > 1)
+
+    def made_now(self, value: Value) -> Value:
+        return replace(value, time=self.time, made_in=frozenset(loop.number for loop in self.loops))
+
     def computed(self, node: ast.Call, name: str, together: Value) -> Value:
-        """Return the result of a call of something that is not known here, as a model is."""
+        """Return the result of a call of something that is not known here, as a model or a loader is."""
         for part in node.args:
             self.inputs |= {n.id for n in ast.walk(part) if isinstance(n, ast.Name)}
         data = together.data
-        if not data and name:
-            step = Step("*", frozenset(loop.number for loop in self.loops), frozenset())
-            data = frozenset({Path(f"{name}()", (step,))})
+        if name and not any(path.is_part() for path in data):  # each call gives something new
+            data |= {Path(f"{name}() in line {node.lineno}").at("*", frozenset(loop.number for loop in self.loops))}
         objects = together.objects | ({name} if name else set())
-        return replace(together, data=data, objects=objects, time=self.time, is_computed=True, is_distribution=False)
+        return replace(self.made_now(together), data=data, objects=objects, is_computed=True, is_distribution=False)
 
     def call_known(self, node: ast.Call, name: str, receiver: Value) -> Value:
         """Return the result of a call of a function of the script, and note what it does."""
+        self.called.add(name)
         summary = self.known[name]
         parameters = [p for p in summary.parameters if p != "self"]
         given = dict(zip(parameters, node.args))
         given |= {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
         values = {parameter: self.value(part) for parameter, part in given.items()}
+        names = {p: {n.id for n in ast.walk(part) if isinstance(n, ast.Name)} for p, part in given.items()}
         data = union(*(values[p] for p in summary.data if p in values))
-        self.inputs |= {
-            n.id for p in summary.data & given.keys() for n in ast.walk(given[p]) if isinstance(n, ast.Name)
-        }
+        self.inputs |= set().union(*(names[p] for p in summary.data & given.keys()))
         everything = union(receiver, *values.values())
-        changed = {name_of(given[p]) for p in summary.updated if p in given}
+        changed = {name_of(given[p]) for p in summary.updated if p in given} - {""}
         changed |= set(receiver.objects) if any(p.startswith("self.") for p in summary.updated) else set()
-        if summary.scores and (summary.updated or summary.trains) and summary.data & given.keys():
-            self.calls.append((name, tuple(sorted(ast.unparse(part) for part in given.values())), node.lineno))
-        if summary.trains and summary.trains_first:
+        if summary.scores and (changed or summary.trains) and summary.data & given.keys():
+            texts = sorted(ast.unparse(part) for part in given.values())
+            versions = sorted((n, self.versions.get(n, 0)) for n in set().union(*names.values()))
+            self.calls.append(KnownCall(name, (*texts, *versions), self.branches, node.lineno))
+        self.note_known(node, name, summary, data, changed, everything.objects)
+        result = replace(self.made_now(data), objects=everything.objects | {name}, is_computed=True)
+        if summary.scores:
+            return replace(result, is_loss=True, is_each=summary.is_each)
+        is_mixed = everything.is_mixed or summary.is_mixed
+        is_hashed = (everything.is_hashed or summary.is_hashed) and is_mixed
+        return replace(result, data=everything.data, is_mixed=is_mixed, is_hashed=is_hashed)
+
+    def note_known(
+        self, node: ast.Call, name: str, summary: Summary, data: Value, changed: set[str], objects: frozenset[str]
+    ) -> None:
+        """Note what a function of the script does, in its order."""
+        train = summary.trains and data.data
+        if train and summary.trains_first:
             self.note("train", data, node, frozenset({WEIGHTS}))
             self.time += 1
-        scored_at = self.time
-        if summary.trains and not summary.trains_first:
+        if summary.scores and data.data:
+            self.note("score", self.made_now(data), node, objects | {name}, name)
+        if train and not summary.trains_first:
             self.time += 1
             self.note("train", data, node, frozenset({WEIGHTS}))
         if changed:
             self.note("update", data, node, frozenset(changed))
-        result = replace(data, objects=everything.objects | {name}, time=scored_at, is_computed=True)
-        if not summary.scores:
-            is_mixed = everything.is_mixed or summary.is_mixed
-            is_hashed = (everything.is_hashed or summary.is_hashed) and is_mixed
-            return replace(result, data=everything.data, is_mixed=is_mixed, is_hashed=is_hashed)
-        if summary.trains:
-            self.note("score", result, node, result.objects, name)
-        return replace(result, is_loss=True)
 
     def note_update(self, node: ast.Call, last: str, receiver: Value, arguments: list[Value]) -> None:
         value = union(*arguments)
         name = name_of(node.func.value) if isinstance(node.func, ast.Attribute) else ""
         if last in ACCUMULATORS and self.note_score(value, name, node):
+            self.values[name] = union(self.values.get(name, Value()), replace(value, is_collected=True))
             return
         objects = frozenset({name})
         if last == "at" and node.args:  # numpy.add.at(table, keys, values)
             objects = frozenset({name_of(node.args[0])})
         if value.data and name and name not in self.modules:
-            self.note("update", value, node, objects)
+            self.note("count" if last in COUNTS else "update", value, node, objects)
 
     # ---------------------------------------------------------------- mixtures
     def holds_target(self, value: Value) -> bool:
         """Whether a value depends on the targets of a loss, or a part of them."""
         return any(overlap(path, target, frozenset()) for path in value.data for target in self.targets)
 
-    def check_best(self, arguments: list[Value], node: ast.Call) -> None:
-        """Remark the better of two losses of a target: which one is better, only the target tells."""
-        losses = [value for value in arguments if value.is_loss]
-        if len(losses) > 1 and losses[0].objects != losses[1].objects:
-            self.remarks.append(("best", node.lineno))
+    def look_for_mixtures(self, node: ast.Call, last: str, receiver: Value, arguments: list[Value]) -> None:
+        """Remark calls that choose between losses of a target: which one is better, only the target tells."""
+        if last in ("min", "max", "minimum", "maximum", "fmin", "fmax", "amin", "amax"):
+            losses = [value for value in arguments if value.is_each]
+            differ = len(losses) > 1 and losses[0].objects != losses[1].objects
+            if differ or union(receiver, *arguments).is_stack:
+                self.remarks.append(("best", node.lineno))
+        if last == "where" and len(arguments) == 3:
+            self.check_choice(*arguments, node.lineno)
 
     def check_choice(self, condition: Value, one: Value, other: Value, line: int) -> None:
         """Remark a choice between two losses, or between a mixture and not, that depends on the target."""
-        if not (one.is_loss and other.is_loss):
+        if not (one.is_each and other.is_each):
             return
-        if self.holds_target(condition) and one.is_mixture != other.is_mixture:
-            self.remarks.append(("choice", line))
-        elif one.objects != other.objects and one.objects | other.objects <= condition.objects and not one.is_mixture:
+        if condition.is_comparison and one.objects != other.objects:
             self.remarks.append(("best", line))
+        elif self.holds_target(condition) and one.is_mixture != other.is_mixture:
+            self.remarks.append(("choice", line))
 
     # ---------------------------------------------------------------- summary
     def summary(self) -> Summary:
         """Return what a call of this function does."""
-        trains = [event for event in self.events if event.kind == "train"]
+        trains = [event for event in self.events if event.kind == "train" and event.data]
         scores = [event for event in self.events if event.kind == "score"]
+        scored = frozenset().union(*(event.objects for event in scores))
         data = {path.root for event in (*trains, *scores) for path in event.data}
         data &= self.inputs | {path.root for path in self.targets}
-        updated = {name for event in self.events if event.kind == "update" for name in event.objects}
-        own = {name for name in updated if name in self.parameters or name.startswith("self.")}
-        updated_data = {p.root for e in self.events if e.kind == "update" for p in e.data if e.objects & own}
+        changes = [event for event in self.events if event.kind in ("update", "count")]
+        updated = {name for event in changes for name in event.objects}
+        own = {name for name in updated if name in self.parameters and name in scored or name.startswith("self.")}
+        updated_data = {path.root for event in changes for path in event.data if event.objects & own}
         first_score = min((event.time for event in scores), default=self.time + 1)
         return Summary(
             self.parameters, bool(trains), bool(scores),
@@ -523,6 +667,7 @@ class Flow:
             (data | updated_data) & set(self.parameters), own,
             any(value.is_mixed for value in self.returned),
             any(value.is_hashed for value in self.returned) or self.returns_cut(),
+            any(value.is_each for value in self.returned),
         )  # fmt: skip
 
     def returns_cut(self) -> bool:
@@ -545,7 +690,7 @@ def is_product(node: ast.expr) -> bool:
 def is_no_grad(node: ast.expr) -> bool:
     """Whether an expression is torch.no_grad or torch.inference_mode, called or not."""
     name = name_of(node.func if isinstance(node, ast.Call) else node)
-    return name.rpartition(".")[2] in ("no_grad", "inference_mode")
+    return name.rpartition(".")[2] in ("no_grad", "inference_mode", "set_grad_enabled")
 
 
 def argument(node: ast.Call, position: int, keyword: str, values: list[Value]) -> Value:
@@ -557,14 +702,28 @@ def argument(node: ast.Call, position: int, keyword: str, values: list[Value]) -
 
 
 def flows_of(tree: ast.Module) -> Iterator[Flow]:
-    """Yield the flow of every function of a script, with what the functions do that they call."""
+    """Yield the flow of every function of a script, and of what is outside of functions, with what the functions do
+    that they call."""
     functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    outside = ast.parse("def module(): pass").body[0]
+    outside.body = tree.body
+    functions.append(outside)
     modules = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             modules |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
-    known = {function.name: Summary([]) for function in functions}
-    for _ in range(3):  # calls of calls: three levels of them
-        flows = [Flow(function, known, modules) for function in functions]
-        known = {flow.function.name: flow.summary() for flow in flows}
+    criteria = set()
+    for node in ast.walk(tree):
+        made = node.value if isinstance(node, ast.Assign) else None
+        if isinstance(made, ast.Call) and name_of(made.func).rpartition(".")[2] in CRITERIA:
+            criteria |= {name_of(target).rpartition(".")[2] for target in node.targets}
+    known = {function.name: Summary([]) for function in functions[:-1]}
+    for function in functions[:-1]:
+        known[function.name].parameters = [argument.arg for argument in function.args.args]
+    flows = [Flow(function, known, modules, criteria) for function in functions]
+    for _ in range(2):  # calls of calls: three levels of them
+        now = {flow.function.name: flow.summary() for flow in flows[:-1]}
+        changed = {name for name, summary in now.items() if summary != known[name]}
+        known = now
+        flows = [Flow(flow.function, known, modules, criteria) if flow.called & changed else flow for flow in flows]
     yield from flows

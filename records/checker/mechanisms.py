@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from challenge import ACCEPTED, Accepted
 
-from .flow import WEIGHTS, Event, Flow, Loop, flows_of, overlap
+from .flow import WEIGHTS, Event, Flow, KnownCall, Loop, flows_of, overlap
 from .folder import Folder
 from .rules import Finding, rule
 from .scripts import Script
@@ -52,15 +52,29 @@ def remarked(flow: Flow) -> Iterator[Mechanism]:
 
 
 def optimized(flow: Flow) -> Iterator[Mechanism]:
-    """Yield where targets are trained on, and scored afterwards, that were not scored before."""
+    """Yield where targets are trained on, or counted in a table, and scored after that, but not before. Scores count
+    that the function returns; if it returns none, all do."""
     scores = [event for event in flow.events if event.kind == "score"]
-    for train in (event for event in flow.events if event.kind == "train"):
-        same = [score for score in scores if is_shared(flow, train, score)]
-        after = [score for score in same if score.time > train.time]
-        if after and len(after) == len(same):
-            what = f"optimizes on targets (line {train.line}) that it scores after that and not before"
-            yield Mechanism("L3", after[0].line, what)
-            return
+    results = frozenset().union(*(value.objects for value in flow.returned)) | {"return"}
+    counting = [score for score in scores if score.name in results] or scores
+    for event in flow.events:
+        if event.kind not in ("train", "count"):
+            continue
+        same = [score for score in counting if depends(score, event) and is_shared(flow, event, score)]
+        after = [score for score in same if is_after(score, event)]
+        names = {score.name for score in after} - {score.name for score in same if score not in after}
+        for score in after:
+            if score.name in names:
+                verb = "optimizes on" if event.kind == "train" else "counts"
+                what = f"{verb} targets (line {event.line}) that it scores after that and not before"
+                yield Mechanism("L3", score.line, what)
+                return
+
+
+def is_after(score: Event, event: Event) -> bool:
+    """Whether a score was computed after something had happened, maybe in an earlier round of a loop."""
+    ended = score.made_in - set(score.loops)  # loops of which it is the last round's
+    return score.time > event.time or bool(ended & set(event.loops))
 
 
 def is_shared(flow: Flow, a: Event, b: Event) -> bool:
@@ -74,19 +88,20 @@ def is_shared(flow: Flow, a: Event, b: Event) -> bool:
                 continue
             if around and around[-1] in x.loops() & y.loops():
                 return True
-            if not around and ((x.steps and y.steps) or x.root in flow.parameters and x.root in flow.inputs | targets):
+            is_input = x.root in flow.parameters and x.root in flow.inputs | targets and not (x.steps or y.steps)
+            if not around and (is_input or (x.is_part() and y.is_part())):
                 return True
     return False
 
 
 def rescored(flow: Flow) -> Iterator[Mechanism]:
     """Yield where targets are scored with what a whole pass over them has changed."""
-    updates = [event for event in flow.events if event.kind in ("train", "update")]
+    updates = [event for event in flow.events if event.kind != "score"]
     scores = [event for event in flow.events if event.kind == "score"]
     loops = {loop.number: loop for loop in flow.all_loops}
     for update in updates:
         for score in scores:
-            if not depends(score, update) or not {p.root for p in update.data} & {p.root for p in score.data}:
+            if not depends(score, update) or not is_swept_by_both(update, score, frozenset(loops)):
                 continue
             if second := later_sweep(update, score, loops):
                 what = (
@@ -96,10 +111,23 @@ def rescored(flow: Flow) -> Iterator[Mechanism]:
             elif passes := repeated_sweep(flow, update, score, loops):
                 what = f"makes several passes (line {passes}), and the last one's score counts"
                 yield Mechanism("L4", score.line, what)
-    for index, (name, arguments, _) in enumerate(flow.calls):
-        again = [line for other, same, line in flow.calls[index + 1 :] if (other, same) == (name, arguments)]
-        if again:
-            yield Mechanism("L4", again[0], f"calls {name} a second time on what its first call has changed")
+    for index, call in enumerate(flow.calls):
+        for later in flow.calls[index + 1 :]:
+            if (later.name, later.key) == (call.name, call.key) and not are_exclusive(call, later):
+                yield Mechanism("L4", later.line, f"calls {call.name} a second time on what its first call has changed")
+                return
+
+
+def is_swept_by_both(update: Event, score: Event, loops: frozenset[int]) -> bool:
+    """Whether two events are of the same tokens, each in its own loops."""
+    pairs = ((x, y) for x in update.data for y in score.data)
+    return any(x.loops() and y.loops() and overlap(x, y, loops) for x, y in pairs)
+
+
+def are_exclusive(one: KnownCall, other: KnownCall) -> bool:
+    """Whether two calls are in different arms of one `if`."""
+    arms = dict(one.branches)
+    return any(line in arms and arms[line] != arm for line, arm in other.branches)
 
 
 def depends(score: Event, update: Event) -> bool:
