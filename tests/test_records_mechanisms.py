@@ -380,8 +380,6 @@ def test_mechanisms_are_recognized_in_other_styles_and_those_that_are_missed_are
 
 NESTED = "def f(x):\n    return g(x)\ndef k(x):\n    return " + "f(" * 40 + "x" + ")" * 40 + "\n"
 INDEXED = "def k(t, h):\n    for i in range(3):\n" + "        h = t[h]\n" * 40 + "        h.backward()\n    return h\n"
-    "def k(t, h):\n    for i in range(3):\n" + "        h = t[h]\n" * 40 + "        h.backward()\n    return m(h)\n"
-)
 CROSSED = "def k(a, b):\n" + "    a = a[b]\n    b = b[a]\n" * 30 + "    return a\n"
 CHAINED = "def k(t):\n    v0 = t\n" + "".join(f"    v{i} = t[{i}] + v{i - 1}\n" for i in range(1, 4000))
 PAIRS = "        m(t[i+{0}]).backward()\n        total += F.cross_entropy(m(t[i+{0}]), t[i])\n"

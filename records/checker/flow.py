@@ -66,6 +66,7 @@ class Path(NamedTuple):
         if len(self.steps) >= MAX_STEPS:
             return self
         plain = frozenset(Path(o.root, tuple(step._replace(origins=frozenset()) for step in o.steps)) for o in origins)
+        plain = limited(plain)
         together = loops.union(*(origin.loops() for origin in origins))
         return Path(self.root, (*self.steps, Step(text, together, plain)))
 
@@ -109,13 +110,18 @@ class Value:
     is_mixture: bool = False  # a sum of products of probabilities
 
 
+def limited(paths: frozenset[Path]) -> frozenset[Path]:
+    """Return so many of the paths that all can be followed."""
+    if len(paths) <= MAX_PATHS:
+        return paths
+    return frozenset(sorted(paths, key=lambda path: (path.root, [step.text for step in path.steps]))[:MAX_PATHS])
+
+
 def union(*values: Value) -> Value:
     """Return what depends on all of these."""
     if len(values) == 1:
         return values[0]
-    data = frozenset().union(*(value.data for value in values))
-    if len(data) > MAX_PATHS:
-        data = frozenset(sorted(data, key=lambda path: (path.root, [step.text for step in path.steps]))[:MAX_PATHS])
+    data = limited(frozenset().union(*(value.data for value in values)))
     lookups = frozenset().union(*(value.lookups for value in values))
     flags = {name: any(getattr(value, name) for value in values) for name in FLAGS}
     return Value(
@@ -453,7 +459,7 @@ class Flow:
             if self.holds_target(key):
                 self.remarks.append(("key", node.lineno))
         return Value(
-            data=table.data | key.data,
+            data=limited(table.data | key.data),
             objects=table.objects | key.objects,
             loops=table.loops | key.loops,
             made_in=table.made_in,
