@@ -3595,6 +3595,8 @@ def train(run: Run) -> dict[str, Any]:
     checkpoints.after_training()
     rt.finishes_steps = False
     if run.model.recur_blocks:
+        if trainer.num_passes == len(run.model.blocks):
+            rt.warn(f"training ended before RECUR_START_FRAC={h.recur_start_frac:g}: no step had the second passes")
         run.model.set_recurrence(True)
     steps = trainer.num_steps
     step_avg_ms = 1000 * seconds / steps

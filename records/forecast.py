@@ -26,6 +26,7 @@ EXPONENTS = np.linspace(0.2, 1.4, 13)
 # B was 0.33 to 0.39 in four runs of 300 steps (records/README.md#fidelity).
 BEFORE = ((-0.3, 3.0), (0.3, 1.0), (0.3, 0.15))
 SCHEDULE = "iterations max_wallclock_seconds warmdown_frac warmdown_iters train_batch_tokens train_seq_len vocab_size"
+SCHEDULE += " recur_layers recur_start_frac"
 
 
 class Forecast(NamedTuple):
@@ -65,13 +66,26 @@ def remaining(run: Run) -> tuple[float, int]:
     budget = t.training_budget(SimpleNamespace(predicted_seconds={}, **settings)) or math.inf
     last = run.train[-1]
     reached = run.last("train", "resumed")  # of a resumed run, where its checkpoint was
-    before = next((e for e in reversed(run.train) if e["step"] <= last["step"] // 2), {"step": 0, "seconds": 0.0})
+    longer = run.last("recurrence")  # from which on RECUR_LAYERS run twice in a step
+    begin = longer or {"step": 0, "seconds": 0.0}
+    half = begin["step"] + (last["step"] - begin["step"]) // 2
+    before = next((e for e in reversed(run.train) if begin["step"] <= e["step"] <= half), begin)
     pace = (last["seconds"] - before["seconds"]) / max(1, last["step"] - before["step"])
     steps = run.config["iterations"] - reached["step"]
+    left = budget - reached["seconds"]
+    num_twice = len(settings["recur_layers"].split(",")) if settings["recur_layers"] and not longer else 0
+    now = steps  # steps at this pace; the others are longer
+    if num_twice:
+        now = round(settings["recur_start_frac"] * run.config["iterations"]) - reached["step"]
+        if pace and math.isfinite(budget):
+            now = min(now, int((settings["recur_start_frac"] * budget - reached["seconds"]) / pace))
+        now = min(steps, max(0, now))
+    later_pace = pace * (1 + num_twice / settings["num_layers"])
     if pace and math.isfinite(budget):
-        steps = min(steps, int((budget - reached["seconds"]) / pace))
+        now = min(now, max(0, int(left / pace)))
+        steps = min(steps, now + max(0, int((left - now * pace) / later_pace)))
     steps = max(0, steps)
-    return steps * pace, int(reached["step"] + steps)
+    return now * pace + (steps - now) * later_pace, int(reached["step"] + steps)
 
 
 def loss_by_comparison(run: Run, others: list[Run]) -> tuple[float, float, str] | None:

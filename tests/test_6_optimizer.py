@@ -214,7 +214,7 @@ def test_a_learning_rate_scale_of_zero_leaves_the_weights_bit_identical(tiny: Se
 
 # ---------------------------------------------------------------------------------------- one process and several
 
-PARALLEL = {"num_layers": 3, "ve_layers": "2", "adam_eps": ADAM_EPS, **ALL_KINDS}
+PARALLEL = {"num_layers": 3, "ve_layers": "2", "adam_eps": ADAM_EPS, "muon_row_norm": True, **ALL_KINDS}
 NUM_STEPS = 3
 
 

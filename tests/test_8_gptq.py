@@ -239,9 +239,12 @@ def calibrated(run: t.Run, batches: int = 3) -> t.CurvatureSums:
     return sums
 
 
-def test_hessians_are_the_second_moments_of_what_each_matrix_really_reads(make_run: Callable) -> None:
-    """Seen from the other side: W H W^T is the second moment of the outputs, scaled rows and all."""
-    run = make_run(proj_bits=8, gptq_enabled=True)
+@pytest.mark.parametrize("recur_layers", ["", "1"])
+def test_hessians_are_the_second_moments_of_what_each_matrix_really_reads(
+    make_run: Callable, recur_layers: str
+) -> None:
+    """Seen from the other side: W H W^T is the second moment of the outputs, scaled rows and second passes and all."""
+    run = make_run(proj_bits=8, gptq_enabled=True, recur_layers=recur_layers)
     sums = calibrated(run)
     modules = dict(run.model.named_modules())
     moments: dict[str, torch.Tensor] = {}

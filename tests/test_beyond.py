@@ -59,7 +59,7 @@ def test_it_fits_by_the_arithmetic_in_the_file(name: str, bits_each: float) -> N
     # Entropy of a normal variable of deviation 1 in steps of s: log2(sqrt(2 pi e) / s) = 2.05 - log2(s).
     step = 2 ** (0.5 * math.log2(2 * math.pi * math.e) - bits_each)
     assert f"{step:.2f}" in (ROOT / "records" / "env" / f"{name}.env").read_text()
-    assert step < 0.41, "#1394's grid, 12.85 / 31 of a deviation, with which records score"
+    assert step < 0.41, "in the mean over all codes, no coarser than #1394's matrices, 12.85 / 31 of a deviation"
 
 
 def check_run(name: str, folder: Path, data: Path, **own: str) -> t.GPT:

@@ -142,6 +142,30 @@ def test_the_end_is_forecast_from_the_pace_and_the_budget(tmp_path: Path) -> Non
     assert forecast.forecast(run, [], now=0.0) is None
 
 
+def test_steps_that_recurrence_makes_longer_are_forecast_before_and_after_it_begins(tmp_path: Path) -> None:
+    """Of 11 blocks two run twice from 40% of the run on: 0.65 s a step become 13/11 of that."""
+    events = write_run(tmp_path / "a", iterations=500, max_wallclock_seconds=0.0, steps=100)
+    config, *rest = live_events(events, "train", steps=50)
+    config |= {"recur_layers": "4,5", "recur_start_frac": 0.4, "num_layers": 11}
+    write_events(tmp_path / "a", [config, *rest])
+    run = report.read_run(tmp_path / "a", "a", 0, True)
+    late = 0.65 * 13 / 11
+    found = forecast.forecast(run, [], now=0.0)
+    assert (found.training_ends, found.last_step) == (pytest.approx(BEGUN + 200 * 0.65 + 300 * late), 500)
+    run.config["max_wallclock_seconds"] = 100.0
+    now = int(40 / 0.65)
+    found = forecast.forecast(run, [], now=0.0)
+    assert found.last_step == now + int((100 - now * 0.65) / late)
+    assert found.training_ends == pytest.approx(BEGUN + 100, abs=late)
+    begun = [{"event": "recurrence", "step": 50, "seconds": 32.5}]
+    begun += [{"event": "train", "step": 50 + i, "seconds": 32.5 + i, "train_loss": 3.0} for i in range(1, 21)]
+    write_events(
+        tmp_path / "b", [config | {"max_wallclock_seconds": 0.0}, *rest, *live_events(begun, "train", steps=70)]
+    )
+    run = report.read_run(tmp_path / "b", "b", 0, True)
+    assert forecast.forecast(run, [], now=0.0).training_ends == pytest.approx(BEGUN + 52.5 + 430)
+
+
 def test_a_resumed_run_is_forecast_from_its_checkpoint(tmp_path: Path) -> None:
     """Killed after step 100, it goes on an hour later from step 60, of 500 steps of 0.65 s."""
     events = live_events(write_run(tmp_path / "a", iterations=500, max_wallclock_seconds=0.0, steps=100), "raw")[:-1]
