@@ -80,7 +80,7 @@ def read_run(folder: Path) -> Run:
     blobs = {name: (folder / name).read_bytes() for name in names}
     try:
         result, compliance = (json.loads(blobs[name]) for name in ("submission.json", "compliance.json"))
-        events = [json.loads(line) for line in blobs["metrics.jsonl"].splitlines()]
+        events = [json.loads(line) for line in blobs["metrics.jsonl"].splitlines() if line.strip()]
         stages = {str(e["stage"]): float(e["val_bpb"]) for e in events if e["event"] == "eval"}
         finals = [{n: v for n, v in e.items() if n != "event"} for e in events if e["event"] == "final"]
         check_types(result, compliance, stages)

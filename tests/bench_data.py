@@ -26,6 +26,7 @@ import build  # noqa: E402
 import demo  # noqa: E402
 import documents  # noqa: E402
 import numpy as np  # noqa: E402
+import parallel  # noqa: E402
 import shards  # noqa: E402
 
 import train_gpt as t  # noqa: E402
@@ -59,7 +60,9 @@ def encoding(paths: list[Path], folder: Path) -> list[tuple[str, ...]]:
     megabytes, longest = sum(len(text.encode()) for text in texts) / 1e6, max(len(text.encode()) for text in texts)
     model = folder / "bench.model"
     model.write_bytes(build.train_tokenizer(texts[: 20_000_000 * len(texts) // int(megabytes * 1e6)], 1024, longest))
-    sp, cores, own = build.Encoder(model).sp, os.cpu_count() or 1, {}
+    sp = build.Encoder(model).sp
+    cores, _ = parallel.available_cores()
+    own = {}
     for threads in (cores, 2 * cores):  # in batches, which is faster than all at once
         work = lambda n=threads: [sp.encode(texts[i : i + 2000], num_threads=n) for i in range(0, len(texts), 2000)]  # noqa: E731
         own[threads] = megabytes / seconds_of(work)
