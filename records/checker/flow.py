@@ -227,7 +227,7 @@ class Flow:
         self.ungraded = 1 if any(is_no_grad(head) for head in function.decorator_list) else 0
         arguments = function.args
         self.parameters = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
-        self.is_whole = True  # nothing of it was too deep to be looked through
+        self.is_whole = True  # nothing of it was too large or too deep to be followed
         try:
             self.walk(function.body)
         except (RecursionError, TooLarge):

@@ -188,7 +188,7 @@ def check_mechanisms(folder: Folder) -> Iterator[Finding]:
         yield Finding(mechanism.rule, "warn", mechanism.message, name, mechanism.line)
     for script in folder.scripts:
         if script.unseen:
-            message = f"{', '.join(script.unseen[:5])}: nested too deeply, so not looked through"
+            message = f"{', '.join(script.unseen[:5])}: too large or nested too deeply, so not looked through"
             yield Finding("L3", "note", message, script.name)
 
 
