@@ -82,7 +82,7 @@ def read_run(folder: Path) -> Run:
         result, compliance = (json.loads(blobs[name]) for name in ("submission.json", "compliance.json"))
         events = [json.loads(line) for line in blobs["metrics.jsonl"].splitlines() if line.strip()]
         stages = {str(e["stage"]): float(e["val_bpb"]) for e in events if e["event"] == "eval"}
-        finals = [{n: v for n, v in e.items() if n != "event"} for e in events if e["event"] == "final"]
+        finals = [{n: v for n, v in e.items() if n not in ("event", "time")} for e in events if e["event"] == "final"]
         check_types(result, compliance, stages)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refusal(f"{folder} holds no report that can be read ({error!r}): finish the run again") from None
