@@ -65,7 +65,9 @@ def make(audited: Path, tmp_path: Path) -> Callable[..., Path]:
         (folder / "train_gpt.py").write_bytes(script)
         (folder / "train.log").write_text(log)
         events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        events = [event for event in events if event["event"] != "final"] + [{"event": "final", "time": 1.8e9, **result}]
+        events = [event for event in events if event["event"] != "final"] + [
+            {"event": "final", "time": 1.8e9, **result}
+        ]
         lines = [json.dumps(event) + "\n" for event in events]
         (folder / "metrics.jsonl").write_text("".join([*lines, "\n"]))  # a blank line is no event
         (folder / "submission.json").write_text(json.dumps(result))
