@@ -176,6 +176,11 @@ def test_a_missing_file_rejects_a_record_and_warns_elsewhere(folder, name):
     assert grades(folder(name="2026-04-10_Whole"), "F1") == set()
 
 
+def test_the_folder_of_a_run_is_told_from_a_submission(folder):
+    path = folder({"README.md": None, "metrics.jsonl": "{}\n"})
+    assert any("this is the folder of a run" in finding.message for finding in findings(path, "F1", "note"))
+
+
 def test_a_record_without_a_log_is_rejected_and_an_unknown_dialect_is_said(folder):
     none = dict.fromkeys((f"train_seed{seed}.log" for seed in SEEDS), None)
     path = folder(none | {"train.log": "nothing that is known\n"})
@@ -1247,7 +1252,9 @@ def test_the_exit_status_is_0_without_1_with_a_reject_and_2_without_a_folder(fol
     assert "OK: 0 reject, 0 warn" in out and "REJECT: 1 reject" in out and "(train_seed314.log:" in out
     assert main([str(good), str(good / "absent")]) == 2
     assert main([str(good / "README.md")]) == 2
-    assert "no such folder" in capsys.readouterr().err
+    assert "no such folder" in (error := capsys.readouterr().err) and error.rstrip().endswith(
+        "give the folder that it is in"
+    )
 
 
 def test_the_rules_and_the_accepted_records_are_listed(capsys):

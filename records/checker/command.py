@@ -111,7 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names may have characters that a terminal has not
     if absent := [name for name in options.folders if not os.path.isdir(name)]:
-        print(f"check.py: error: no such folder: {clean(', '.join(absent))}", file=sys.stderr)
+        fix = ": give the folder that it is in" if any(os.path.isfile(name) for name in absent) else ""
+        print(f"check.py: error: no such folder: {clean(', '.join(absent))}{fix}", file=sys.stderr)
         return 2
     entries = []
     for name in options.folders:

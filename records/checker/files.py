@@ -20,6 +20,9 @@ def check_files(folder: Folder) -> Iterator[Finding]:
         "no train_gpt.py: R9 demands the script that was run": not folder.scripts,
     }
     yield from (Finding("F1", folder.grade("reject"), message) for message, absent in missing.items() if absent)
+    if "metrics.jsonl" in folder.files and not folder.readme[0]:
+        message = "this is the folder of a run: `python records/submit.py` makes a submission of audited runs"
+        yield Finding("F1", "note", message, "metrics.jsonl")
 
 
 @rule("F2", "warn", "names and layout are those that tools and reviewers expect", "R9, #1143")

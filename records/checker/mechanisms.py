@@ -104,9 +104,7 @@ def rescored(flow: Flow) -> Iterator[Mechanism]:
             if not depends(score, update) or not is_swept_by_both(update, score, frozenset(loops)):
                 continue
             if second := later_sweep(update, score, loops):
-                what = (
-                    f"scores in a second pass (line {second}) with what a first pass over the same tokens has changed"
-                )
+                what = f"scores in a second pass (line {second}) with what a first one over the same tokens changed"
                 yield Mechanism("L4", score.line, what)
             elif passes := repeated_sweep(flow, update, score, loops):
                 what = f"makes several passes (line {passes}), and the last one's score counts"
