@@ -87,17 +87,18 @@ def find_sources(paths: Iterable[Path], options: Options) -> tuple[list[Source],
 
 def walk_folder(folder: Path, ignored: Counter) -> list[Path]:
     """Returns the regular files in a folder, in order of their paths, links followed. Hidden files and folders are
-    counted in `ignored`. Raises DataError for a folder that cannot be listed, and for one that is inside itself."""
+    counted in `ignored`. Raises DataError for a folder that cannot be listed, and for one that links lead to again."""
     files = []
+    known = {folder.resolve(): folder}
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be listed ({error.strerror}): change its permissions, or move it")
 
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        above = {Path(parent).resolve(), *Path(parent).resolve().parents}
-        for name in folders:
-            if not name.startswith(".") and (Path(parent) / name).resolve() in above:
-                raise DataError(f"{Path(parent) / name} leads back to a folder that it is in: remove that link")
+        for inside in (Path(parent) / name for name in folders if not name.startswith(".")):
+            first = known.setdefault(inside.resolve(), inside)
+            if first is not inside:
+                raise DataError(f"{inside} is {first}, by another name: remove the link between them")
         ignored.update("hidden" for name in (*folders, *names) if name.startswith("."))
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(parent) / name for name in names if not name.startswith(".")):

@@ -459,7 +459,7 @@ def test_links_are_followed_and_hidden_files_are_counted(make, tmp_path):
     [
         ("b.jsonl", "gone.jsonl", "leads to gone.jsonl, which is not there: mend or remove that link"),
         ("b.jsonl", "a.jsonl", "by another name or given twice: leave one of them out"),
-        ("b", ".", "leads back to a folder that it is in: remove that link"),
+        ("b", ".", "by another name: remove the link between them"),
     ],
 )
 def test_a_link_that_cannot_be_followed_is_refused_with_the_fix(make, tmp_path, name, target, reason):
@@ -469,6 +469,15 @@ def test_a_link_that_cannot_be_followed_is_refused_with_the_fix(make, tmp_path, 
     (folder / name).symlink_to(target)
     with pytest.raises(shards.DataError, match=re.escape(reason)):
         make(folder)
+
+
+def test_two_folders_that_link_to_each_other_are_refused(make, tmp_path):
+    for name, other in (("one", "two"), ("two", "one")):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / f"{name}.jsonl", TEXTS)
+        (tmp_path / name / "link").symlink_to(tmp_path / other)
+    with pytest.raises(shards.DataError, match="by another name: remove the link between them"):
+        make(tmp_path / "one")
 
 
 def test_a_file_that_is_given_twice_is_refused(make, tmp_path):
