@@ -333,12 +333,14 @@ def test_recurrence_begins_at_its_part_of_the_steps_or_of_the_clock_of_rank_0(
 
 
 def test_a_training_too_short_for_recurrence_leaves_the_model_that_its_file_describes(
-    make_run: Callable, monkeypatch: pytest.MonkeyPatch
+    make_run: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """A second step would not fit, long before the part of the time at which recurrence begins."""
     run = make_run(iterations=100, max_wallclock_seconds=10.0, val_loss_every=0, recur_layers="1", recur_start_frac=0.9)
     assert t.train(Clock(run, [6.0, 6.0], monkeypatch).run)["steps"] == 1
     assert run.model.block_order == [0, 1, 1, 2]
+    printed = capsys.readouterr()
+    assert "before RECUR_START_FRAC=0.9: no step had the second passes" in printed.out + printed.err
 
 
 def test_the_preflight_runs_both_models_that_recurrence_makes(make_run: Callable) -> None:
