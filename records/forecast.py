@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
-from report import Run, t
+from runs import Run, t
 
 LEAST_POINTS = 6  # of a fit
 LEAST_PART = 0.2  # of all steps, before which nothing is forecast

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
-import report
+import page
 from launch import LOGS, t
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
@@ -236,7 +236,7 @@ class StudyTable:
             "table.txt": self.text(),
             "table.csv": as_csv(columns, flat),
             "runs.csv": as_csv(*self.runs()),
-            "index.html": page(self),
+            "index.html": page_of(self),
         }
         for name, content in files.items():
             t.write_atomically(folder / name, content.encode())
@@ -320,32 +320,32 @@ def as_csv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 # =================================================== page ============================================================
-def page(table: StudyTable) -> str:
+def page_of(table: StudyTable) -> str:
     """Return the page of a study: the table, and figures of scores, dimensions, importance and halving."""
     head, rows = table.rows()
     cells = [[cell_html(column, value) for column, value in zip(head, row)] for row in rows]
-    notes = "".join(f"<li>{report.esc(line)}</li>" for line in table.notes())
-    inner = report.table("Configurations", head, cells) if cells else "<p>No scores yet.</p>"
-    sections = {"Comparison": report.card(inner, f"<ul>{notes}</ul>" if notes else "")}
-    with report.page_look():
+    notes = "".join(f"<li>{page.esc(line)}</li>" for line in table.notes())
+    inner = page.table("Configurations", head, cells) if cells else "<p>No scores yet.</p>"
+    sections = {"Comparison": page.card(inner, f"<ul>{notes}</ul>" if notes else "")}
+    with page.page_look():
         pictures = draw_all(table)
-        figures = "".join(report.figure_html(picture) for picture in pictures)
+        figures = "".join(page.figure_html(picture) for picture in pictures)
     if figures:
         sections["Figures"] = figures
     made = "Made by records/sweep.py. table.csv and runs.csv beside this page have all numbers in full."
-    return report.whole_page("a study", report.esc(table.name), "", sections, made)
+    return page.whole_page("a study", page.esc(table.name), "", sections, made)
 
 
 def cell_html(column: str, value: Any) -> str:
     """Return a cell of the page's table; a number has its exact value beside it."""
     if isinstance(value, float):
-        return report.num(value, FORMS.get(column, ",.1f"))
+        return page.num(value, FORMS.get(column, ",.1f"))
     if isinstance(value, int):
-        return report.num(value)
-    return report.esc(show(column, value)) or "–"
+        return page.num(value)
+    return page.esc(show(column, value)) or "–"
 
 
-def draw_all(table: StudyTable) -> list[report.Picture]:
+def draw_all(table: StudyTable) -> list[page.Picture]:
     """Return the figures for which the study has data."""
     pictures = []
     if table.scored:
@@ -359,63 +359,63 @@ def draw_all(table: StudyTable) -> list[report.Picture]:
     return pictures
 
 
-def draw_scores(table: StudyTable) -> report.Picture:
+def draw_scores(table: StudyTable) -> page.Picture:
     """Return the scores of each configuration: a small dot for each replicate, a large one for their mean."""
     shown = table.scored[:MOST_ROWS]
     row = 36
     height = row * len(shown) + 40
-    figure, axes = report.new_axes(height, 10, 14, 36, 4)
+    figure, axes = page.new_axes(height, 10, 14, 36, 4)
     told = []
     for y, c in enumerate(shown):
-        colour = report.PAINT["c2" if c is table.best else "c0"]
+        colour = page.PAINT["c2" if c is table.best else "c0"]
         scores = list(c.scores.values())
-        axes.scatter(scores, [y + 0.68] * len(scores), s=14, color=report.PAINT["c6"])
-        axes.scatter([c.mean], [y + 0.68], s=46, color=colour, edgecolor=report.PAINT["card"], linewidth=1, zorder=3)
+        axes.scatter(scores, [y + 0.68] * len(scores), s=14, color=page.PAINT["c6"])
+        axes.scatter([c.mean], [y + 0.68], s=46, color=colour, edgecolor=page.PAINT["card"], linewidth=1, zorder=3)
         label = f"{c.number:04d} {c.described()}"
         if len(label) > LONGEST_LABEL:
             label = f"{c.number:04d} {', '.join(c.values.values())}"
-        place = {"y": y + 0.36, "color": report.PAINT["text"], "transform": axes.get_yaxis_transform()}
-        axes.text(x=0, s=report.shorten(label), **place)
+        place = {"y": y + 0.36, "color": page.PAINT["text"], "transform": axes.get_yaxis_transform()}
+        axes.text(x=0, s=page.shorten(label), **place)
         axes.text(x=1, s=f"{c.mean:.5f}", ha="right", **place)
         told.append(f"{label} {c.mean:.5f}")
     axes.set_ylim(len(shown), 0)
     axes.set_yticks([])
     axes.margins(x=0.06)
-    axes.xaxis.set_major_locator(MaxNLocator(4, steps=report.ROUND))
-    figure.text(0.5, 6 / height, "bits per byte, less is better", ha="center", color=report.PAINT["muted"])
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=page.ROUND))
+    figure.text(0.5, 6 / height, "bits per byte, less is better", ha="center", color=page.PAINT["muted"])
     caption = "Small dots: replicates. Large dots: their mean."
     if len(shown) < len(table.scored):
         caption += f" The best {len(shown)} of {len(table.scored)} configurations."
     words = f"Bits per byte by configuration: {'; '.join(told)}"
-    return report.Picture("scores", "Scores", figure, [], words, caption)
+    return page.Picture("scores", "Scores", figure, [], words, caption)
 
 
-def draw_dimension(table: StudyTable, name: str) -> report.Picture:
+def draw_dimension(table: StudyTable, name: str) -> page.Picture:
     """Return the means of the configurations against one of their values."""
     points = [(c.values[name], c.mean) for c in table.scored if name in c.values]
     height = 216
-    figure, axes = report.new_axes(height, 56, 16, 44, 26)
+    figure, axes = page.new_axes(height, 56, 16, 44, 26)
     values = sorted({value for value, _ in points}, key=lambda value: (not is_number(value), as_number(value), value))
     positions: dict[str, float] = {value: i for i, value in enumerate(values)}
     if all(map(is_number, values)) and len(values) > 5:
         positions = {value: float(value) for value in values}
         if min(positions.values()) > 0 and max(positions.values()) >= 20 * min(positions.values()):
             axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(report.compact))
+        axes.xaxis.set_major_formatter(FuncFormatter(page.compact))
     else:
-        axes.set_xticks(range(len(values)), [report.shorten(value, 16) for value in values])
+        axes.set_xticks(range(len(values)), [page.shorten(value, 16) for value in values])
         axes.set_xlim(-0.5, len(values) - 0.5)
     best = table.best
     for value, mean in points:
         is_best = best is not None and best.values.get(name) == value and best.mean == mean
-        colour = report.PAINT["c2" if is_best else "c0"]
-        axes.scatter([positions[value]], [mean], s=30, color=colour, edgecolor=report.PAINT["card"], linewidth=0.8)
+        colour = page.PAINT["c2" if is_best else "c0"]
+        axes.scatter([positions[value]], [mean], s=30, color=colour, edgecolor=page.PAINT["card"], linewidth=0.8)
     axes.minorticks_off()
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=report.ROUND))
-    figure.text(0.5, 7 / height, name, ha="center", color=report.PAINT["muted"])
-    figure.text(4 / report.WIDTH, 1 - 14 / height, "bits per byte", color=report.PAINT["muted"])
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=page.ROUND))
+    figure.text(0.5, 7 / height, name, ha="center", color=page.PAINT["muted"])
+    figure.text(4 / page.WIDTH, 1 - 14 / height, "bits per byte", color=page.PAINT["muted"])
     words = f"Bits per byte against {name}: " + "; ".join(f"{value} {mean:.5f}" for value, mean in points)
-    return report.Picture(f"by-{name.lower()}", f"Score by {report.esc(name)}", figure, [], words)
+    return page.Picture(f"by-{name.lower()}", f"Score by {page.esc(name)}", figure, [], words)
 
 
 def is_number(text: str) -> bool:
@@ -430,42 +430,42 @@ def as_number(text: str) -> float:
         return math.nan
 
 
-def draw_importances(importances: dict[str, float]) -> report.Picture:
+def draw_importances(importances: dict[str, float]) -> page.Picture:
     """Return the share of each dimension, as lying bars."""
     row = 36
     height = row * len(importances) + 40
-    figure, axes = report.new_axes(height, 10, 14, 36, 4)
+    figure, axes = page.new_axes(height, 10, 14, 36, 4)
     for y, (name, value) in enumerate(importances.items()):
-        axes.barh(y + 0.68, value, 0.3, color=report.PAINT["c0"])
-        place = {"y": y + 0.36, "color": report.PAINT["text"], "transform": axes.get_yaxis_transform()}
-        axes.text(x=0, s=report.shorten(name), **place)
+        axes.barh(y + 0.68, value, 0.3, color=page.PAINT["c0"])
+        place = {"y": y + 0.36, "color": page.PAINT["text"], "transform": axes.get_yaxis_transform()}
+        axes.text(x=0, s=page.shorten(name), **place)
         axes.text(x=1, s=f"{value:.2f}", ha="right", **place)
     axes.set_ylim(len(importances), 0)
     axes.set_xlim(0, 1)
     axes.set_yticks([])
-    figure.text(0.5, 6 / height, "share", ha="center", color=report.PAINT["muted"])
+    figure.text(0.5, 6 / height, "share", ha="center", color=page.PAINT["muted"])
     caption = "PED-ANOVA (Watanabe 2023): what sets the best tenth of the configurations apart from the others."
     words = "Importance: " + "; ".join(f"{name} {value:.2f}" for name, value in importances.items())
-    return report.Picture("importance", "Importance", figure, [], words, caption)
+    return page.Picture("importance", "Importance", figure, [], words, caption)
 
 
-def draw_halving(configurations: Sequence[Configuration]) -> report.Picture:
+def draw_halving(configurations: Sequence[Configuration]) -> page.Picture:
     """Return the losses at the steps where halving decided."""
     height = 240
-    figure, axes = report.new_axes(height, 40, 16, 44, 26)
+    figure, axes = page.new_axes(height, 40, 16, 44, 26)
     for c in configurations:
         is_stopped = c.state == "stopped"
-        colour = report.PAINT["c6" if is_stopped else "c2"]
+        colour = page.PAINT["c6" if is_stopped else "c2"]
         axes.plot(*zip(*c.losses.items()), color=colour, marker="o", markersize=4, linewidth=1.2)
     axes.set_xscale("log")
     steps = sorted({step for c in configurations for step in c.losses})
-    axes.set_xticks(steps, [report.compact(step) for step in steps])
+    axes.set_xticks(steps, [page.compact(step) for step in steps])
     axes.minorticks_off()
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=report.ROUND))
-    figure.text(0.5, 7 / height, "step", ha="center", color=report.PAINT["muted"])
-    figure.text(4 / report.WIDTH, 1 - 14 / height, "train loss, nats a token", color=report.PAINT["muted"])
-    legend = [report.Key("went on", "c2", ()), report.Key("stopped", "c6", ())]
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=page.ROUND))
+    figure.text(0.5, 7 / height, "step", ha="center", color=page.PAINT["muted"])
+    figure.text(4 / page.WIDTH, 1 - 14 / height, "train loss, nats a token", color=page.PAINT["muted"])
+    legend = [page.Key("went on", "c2", ()), page.Key("stopped", "c6", ())]
     words = "Train loss at the steps of halving: " + "; ".join(
         f"{c.described()} {[*c.losses.values()]}" for c in configurations
     )
-    return report.Picture("halving", "Where trials were stopped", figure, legend, words)
+    return page.Picture("halving", "Where trials were stopped", figure, legend, words)

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import report
 import torch
-from report import card, esc, num, table
+from page import card, esc, num, table, whole_page
 from sample import LEVELS, Sample, Token, Vocabulary, judge, level, mean_bits, read_model, t
 
 ROWS = 4  # windows of a pass
@@ -253,5 +252,5 @@ def write(given: argparse.Namespace, samples: list[Sample], path: Path) -> None:
             score = f"{num(mean_bits(tokens), '.5f')} bits per byte on the first {num(len(tokens))} validation targets"
             head = f"<p>{score}, in windows that do not overlap.</p>" + head
     made = "Made by records/sample.py from the artifact. The model's guesses for a piece stand under the mouse."
-    page = report.whole_page("text of a model", esc(folder.resolve().name), head, sections, made, STYLE)
+    page = whole_page("text of a model", esc(folder.resolve().name), head, sections, made, STYLE)
     t.write_atomically(path, page.encode())

@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 
 import report
 from forecast import Forecast, forecast
-from report import Run, card, esc, named, num, t
+from page import Picture, card, esc, num, page_look, whole_page
+from report import named
+from runs import Run, RunError, read_runs, t
 
 ADDRESS = "127.0.0.1"  # nobody else's machine
 POLL_MILLISECONDS = 2000
@@ -259,7 +261,7 @@ class Watch:
                     self.files = files
                     self.draw()
                     self.trouble = ""
-            except (report.ReportError, t.UserError, OSError) as error:  # the page stays as it was
+            except (RunError, t.UserError, OSError) as error:  # the page stays as it was
                 self.trouble = card(f"<p>Below is what could be read before: {esc(error)}</p>")
             now = self.trouble + now_html(self.runs, self.waiting, time.time())
             version = f"{self.started}-{self.version}"
@@ -269,11 +271,11 @@ class Watch:
         """Read the runs that are there, and draw the page."""
         started = time.monotonic()
         self.waiting = [folder for folder in self.folders if not (Path(folder) / "metrics.jsonl").is_file()]
-        self.runs = report.read_runs(self.folders, missing_ok=True)
+        self.runs = read_runs(self.folders, missing_ok=True)
         for run in self.runs:
             if not run.final:  # what is missing will come, and a line may be half written
                 run.notes = []
-        with report.page_look():
+        with page_look():
             pictures = report.draw_all([run for run in self.runs if run.config])
             self.page = page_of(self.runs, pictures)
         self.version += 1
@@ -281,13 +283,13 @@ class Watch:
         self.draw_seconds = self.drawn - started
 
 
-def page_of(runs: list[Run], pictures: dict[str, report.Picture]) -> str:
+def page_of(runs: list[Run], pictures: dict[str, Picture]) -> str:
     """Return the page, with a place for the state of now."""
     now = '<div id="now" aria-live="off"></div>'
     begun = [run for run in runs if run.config]
     if begun:
         return report.page_html(begun, pictures, now, STYLE, SCRIPT)
-    return report.whole_page("report of runs", "Runs that have not begun", now, {}, "", STYLE, SCRIPT)
+    return whole_page("report of runs", "Runs that have not begun", now, {}, "", STYLE, SCRIPT)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -325,17 +327,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def open_server(folders: list[str], port: int) -> http.server.ThreadingHTTPServer:
-    """Return a server of the page of folders. Raise ReportError for folders that cannot be runs, and where the port is
+    """Return a server of the page of folders. Raise RunError for folders that cannot be runs, and where the port is
     taken."""
-    report.read_runs(folders, missing_ok=True)
+    read_runs(folders, missing_ok=True)
     if not 0 <= port <= 65_535:
-        raise report.ReportError(f"--port {port} is none: give a number from 0, which takes a free one, to 65535")
+        raise RunError(f"--port {port} is none: give a number from 0, which takes a free one, to 65535")
     handler = type("WatchHandler", (Handler,), {"watch": Watch(folders)})
     try:
         server = http.server.ThreadingHTTPServer((ADDRESS, port), handler)
     except OSError as error:
         fix = "--port 0 takes a free one"
-        raise report.ReportError(f"port {port} cannot be opened ({error.strerror}): {fix}") from None
+        raise RunError(f"port {port} cannot be opened ({error.strerror}): {fix}") from None
     server.daemon_threads = True
     return server
 
@@ -344,7 +346,7 @@ def main(folders: list[str], port: int) -> int:
     """Serve until Ctrl-C."""
     try:
         server = open_server(folders, port)
-    except (report.ReportError, OSError) as error:
+    except (RunError, OSError) as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         return 2
     port = server.server_port

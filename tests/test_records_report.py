@@ -27,6 +27,8 @@ import train_gpt as t
 
 sys.path.insert(0, str(ROOT / "records"))
 import report  # noqa: E402
+from page import COLOURS, LOOK, Picture  # noqa: E402
+from runs import MOST_RUNS, STAGES, ZSTD_LEVEL, Run, RunError, read_run, read_runs  # noqa: E402
 
 HOSTILE = "</title><script>alert(1)</script>&amp; \"'$x_1$ #2f6fd0"
 
@@ -152,8 +154,8 @@ def fail(capsys: pytest.CaptureFixture[str], *folders: Path) -> str:
     return capsys.readouterr().err
 
 
-def draw(*folders: Path) -> dict[str, report.Picture]:
-    return report.draw_all(report.read_runs(list(map(str, folders))))
+def draw(*folders: Path) -> dict[str, Picture]:
+    return report.draw_all(read_runs(list(map(str, folders))))
 
 
 # ---------------------------------------------------------------------------------------------------- numbers
@@ -173,7 +175,7 @@ def test_the_numbers_of_a_page_are_those_of_the_files(tmp_path: Path, make: Call
         "steps",
     )
     assert {final[name] for name in names} <= page.values
-    assert {event["val_bpb"] for event in events if event.get("stage") in report.STAGES} <= page.values
+    assert {event["val_bpb"] for event in events if event.get("stage") in STAGES} <= page.values
     losses = [event["train_loss"] for event in events if event["event"] == "train"]
     assert {losses[0], losses[-1], 7.0, 30 * 786_432.0} <= page.values
     assert ("1.94700", 1.9470030212345) in page.numbers and ("1,061,031", 1061031.0) in page.numbers
@@ -279,7 +281,7 @@ def test_runs_without_a_common_setting_have_no_mean(tmp_path: Path, make: Callab
 def test_the_bytes_are_those_of_the_artifact_by_its_own_bits(tmp_path: Path, codec: str) -> None:
     write_run(tmp_path / "a", mlp_bits=6)
     h, weights = write_artifact(tmp_path / "a", codec, mlp_bits=5, fp16_keep_name_patterns="tok_emb")
-    parts = {(part.family, part.bits): part for part in report.read_runs([str(tmp_path / "a")])[0].parts}
+    parts = {(part.family, part.bits): part for part in read_runs([str(tmp_path / "a")])[0].parts}
     values, stored = Counter(), Counter()
     for name, w in weights.items():
         key = (t.param_group_of(name).name, t.stored_bits(h, name))
@@ -302,7 +304,7 @@ def test_the_bytes_are_those_of_the_artifact_by_its_own_bits(tmp_path: Path, cod
         )
     )
     whole = b"".join(part.numpy().tobytes() for part in (*codes, *scales))
-    alone = t.require("zstandard", "").ZstdCompressor(level=report.ZSTD_LEVEL).compress(whole)
+    alone = t.require("zstandard", "").ZstdCompressor(level=ZSTD_LEVEL).compress(whole)
     assert parts["mlp", 5].alone == len(alone)
 
 
@@ -315,8 +317,8 @@ def test_the_page_tells_clip_and_error_of_each_quantized_family(tmp_path: Path, 
     assert {0.8125, 0.0625, 7.25} <= page.values and ">6.25%<" in page.text
     told["error"] = "much"
     write_events(tmp_path / "a", [*events[:-1], told, events[-1]])
-    with pytest.raises(report.ReportError, match="error of event stored"):
-        report.read_runs([str(tmp_path / "a")])
+    with pytest.raises(RunError, match="error of event stored"):
+        read_runs([str(tmp_path / "a")])
 
 
 def test_the_page_tells_the_parts_of_the_artifact_and_its_real_size(tmp_path: Path, make: Callable[..., Page]) -> None:
@@ -324,7 +326,7 @@ def test_the_page_tells_the_parts_of_the_artifact_and_its_real_size(tmp_path: Pa
     write_artifact(tmp_path / "a")
     size = (tmp_path / "a" / "final_model.bin").stat().st_size
     write_events(tmp_path / "a", [*events[:-1], events[-1] | {"bytes_model": size}])
-    page, run = make(tmp_path / "a"), report.read_runs([str(tmp_path / "a")])[0]
+    page, run = make(tmp_path / "a"), read_runs([str(tmp_path / "a")])[0]
     assert run.notes == [] and 'class="card notes"' not in page.text
     for part in run.parts:
         assert {part.alone, part.stored} <= page.values and f"{part.alone:,} bytes" in page.texts
@@ -359,7 +361,7 @@ def test_an_artifact_of_another_checksum_than_reported_is_named(tmp_path: Path) 
     write_artifact(tmp_path / "a")
     size = (tmp_path / "a" / "final_model.bin").stat().st_size
     write_events(tmp_path / "a", [*events[:-1], events[-1] | {"bytes_model": size, "artifact_sha256": "0" * 64}])
-    assert "another SHA-256" in report.read_runs([str(tmp_path / "a")])[0].notes[0]
+    assert "another SHA-256" in read_runs([str(tmp_path / "a")])[0].notes[0]
 
 
 def test_the_seconds_are_those_that_the_run_clocked(tmp_path: Path, make: Callable[..., Page]) -> None:
@@ -371,15 +373,15 @@ def test_the_seconds_are_those_that_the_run_clocked(tmp_path: Path, make: Callab
         "other scores": 3.0,
         "score": 18.84,
     }
-    assert report.read_runs([str(tmp_path / "a")])[0].seconds() == clocked
+    assert read_runs([str(tmp_path / "a")])[0].seconds() == clocked
     assert set(clocked.values()) <= make(tmp_path / "a").values
     figures = {"preflight_seconds": 5.5, "load_seconds": 0.5, "eval_seconds_strict": 24.875}
     write_events(tmp_path / "a", [*events[:-1], events[-1] | figures])
-    assert report.read_runs([str(tmp_path / "a")])[0].seconds() == clocked | {"preflight": 5.5, "load": 0.5}
+    assert read_runs([str(tmp_path / "a")])[0].seconds() == clocked | {"preflight": 5.5, "load": 0.5}
     assert set(figures.values()) <= make(tmp_path / "a").values
     write_events(tmp_path / "a", [event for event in events[:-1] if event.get("stage") != "ttt"])
     unfinished = {"train": 19.5, "validation": 4.5, "other scores": 3.0}  # up to the last line of the training
-    assert report.read_runs([str(tmp_path / "a")])[0].seconds() == unfinished
+    assert read_runs([str(tmp_path / "a")])[0].seconds() == unfinished
 
 
 # ---------------------------------------------------------------------------------------------------- rules
@@ -406,7 +408,7 @@ def test_a_run_keeps_the_rules_only_if_its_audit_did_not_fail(
     if audit is not None:
         content = {"passed": audit, "proofs": proofs, "artifact_sha256": "5b4b"}
         (tmp_path / "a/compliance.json").write_text(json.dumps(content))
-    kept, says = report.read_runs([str(tmp_path / "a")])[0].verdict()
+    kept, says = read_runs([str(tmp_path / "a")])[0].verdict()
     assert kept == ("yes" if compliant and audit is not False else "no")
     told = {None: [], True: ["audit passed"], False: ["audit failed: future_flip"]}[audit]
     assert says == ([] if compliant else ["too big"]) + told
@@ -415,12 +417,12 @@ def test_a_run_keeps_the_rules_only_if_its_audit_did_not_fail(
 def test_an_audit_of_another_artifact_says_nothing_and_a_broken_one_is_an_error(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     (tmp_path / "a/compliance.json").write_text('{"passed": true, "proofs": {}, "artifact_sha256": "another"}')
-    (run,) = report.read_runs([str(tmp_path / "a")])
+    (run,) = read_runs([str(tmp_path / "a")])
     assert run.audit == {} and "compliance.json is of another artifact" in run.notes[-1]
     for text in ("{", "[]", '{"passed": true}', '{"passed": true, "proofs": {"x": 5}}', "[" * 100_000):
         (tmp_path / "a/compliance.json").write_text(text)
-        with pytest.raises(report.ReportError, match="compliance.json is no audit"):
-            report.read_runs([str(tmp_path / "a")])
+        with pytest.raises(RunError, match="compliance.json is no audit"):
+            read_runs([str(tmp_path / "a")])
 
 
 # ---------------------------------------------------------------------------------------------------- what is missing
@@ -582,7 +584,7 @@ def test_a_hostile_artifact_is_named_or_drawn_and_never_a_crash(tmp_path: Path, 
 def test_a_name_like_a_private_one_is_in_the_legend_of_the_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = draw(*hostile_runs(tmp_path / "x"))
     picture = pictures["loss_steps"]
-    with matplotlib.rc_context(report.LOOK):
+    with matplotlib.rc_context(LOOK):
         report.to_png(picture)
     texts = [text.get_text() for text in picture.figure.legends[0].get_texts()]
     assert len(texts) == 3 and texts[1] == "_a"
@@ -661,14 +663,14 @@ SEEN = (
 
 @pytest.mark.parametrize("mode", [0, 1])
 def test_colours_can_be_read_and_told_apart_also_by_the_colour_blind(mode: int) -> None:
-    paint = {name: pair[mode] for name, pair in report.COLOURS.items()}
+    paint = {name: pair[mode] for name, pair in COLOURS.items()}
     for ground in ("card", "ground"):
         assert min(contrast(paint[name], paint[ground]) for name in ("text", "muted")) >= 4.5
     assert min(contrast(paint[f"c{i}"], paint["card"]) for i in range(8)) >= 3
     for matrix in SEEN:
         seen = [oklab(np.clip(np.array(matrix) @ linear(paint[f"c{i}"]), 0, 1)) for i in range(6)]
         assert min(np.linalg.norm(a - b) for i, a in enumerate(seen) for b in seen[:i]) > 0.09 - 1e-3
-    assert len({(run.colour, run.dash) for run in (report.Run("", i, False) for i in range(report.MOST_RUNS))}) == 24
+    assert len({(key.colour, key.dash) for key in (report.key_of(Run("", i, False)) for i in range(MOST_RUNS))}) == 24
 
 
 # ---------------------------------------------------------------------------------------------------- in a browser
@@ -768,10 +770,10 @@ def test_steps_that_a_resumed_run_took_twice_count_once(tmp_path: Path) -> None:
     ]
     log = [config, *(event for event in steps if event["step"] <= 12), *lost, *breaks, *again]
     (tmp_path / "a" / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in log))
-    run = report.read_run(tmp_path / "a", "a", 0, True)
+    run = read_run(tmp_path / "a", "a", 0, True)
     assert lost and run.train == steps
     assert any("2 segments" in note for note in run.notes)
     # With no checkpoint yet, the training begins again.
     log = [config, *lost, *breaks[:2], *events[1:]]
     (tmp_path / "a" / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in log))
-    assert report.read_run(tmp_path / "a", "a", 0, True).train == steps
+    assert read_run(tmp_path / "a", "a", 0, True).train == steps

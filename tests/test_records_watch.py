@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT / "records"))
 import forecast  # noqa: E402
 import report  # noqa: E402
 import watch  # noqa: E402
+from runs import read_run, read_runs  # noqa: E402
 
 BEGUN = 1_800_000_000.0  # seconds since 1970, when the runs of these tests began
 
@@ -48,7 +49,7 @@ def live_events(events: list[dict[str, Any]], upto: str, steps: int = 0) -> list
 
 
 def state(folder: Path, others: tuple[Path, ...] = (), now: float = BEGUN + 30) -> watch.State:
-    runs = report.read_runs([str(path) for path in (folder, *others)])
+    runs = read_runs([str(path) for path in (folder, *others)])
     return watch.state_of(runs[0], runs[1:], now)
 
 
@@ -119,7 +120,7 @@ def test_a_silent_run_is_told_from_one_that_has_ended(tmp_path: Path) -> None:
 def test_a_report_tells_why_a_run_has_ended(tmp_path: Path) -> None:
     events = live_events(write_run(tmp_path / "a"), "train", steps=20)
     write_events(tmp_path / "a", [*events, {"event": "ended", "reason": "step 20: train_loss is nan"}])
-    run = report.read_run(tmp_path / "a", "a", 0, True)
+    run = read_run(tmp_path / "a", "a", 0, True)
     assert any("after step 20: step 20: train_loss is nan" in note for note in run.notes)
 
 
@@ -131,7 +132,7 @@ def test_the_end_is_forecast_from_the_pace_and_the_budget(tmp_path: Path) -> Non
     events = write_run(tmp_path / "a", iterations=500, max_wallclock_seconds=0.0, steps=100)
     config, *rest = live_events(events, "train", steps=50)
     write_events(tmp_path / "a", [config, PLAN, *rest])
-    run = report.read_run(tmp_path / "a", "a", 0, True)
+    run = read_run(tmp_path / "a", "a", 0, True)
     found = forecast.forecast(run, [], now=0.0)
     assert (found.training_ends, found.last_step) == (pytest.approx(BEGUN + 325), 500)
     assert found.score_is_there == pytest.approx(BEGUN + 425)
@@ -148,7 +149,7 @@ def test_steps_that_recurrence_makes_longer_are_forecast_before_and_after_it_beg
     config, *rest = live_events(events, "train", steps=50)
     config |= {"recur_layers": "4,5", "recur_start_frac": 0.4, "num_layers": 11}
     write_events(tmp_path / "a", [config, *rest])
-    run = report.read_run(tmp_path / "a", "a", 0, True)
+    run = read_run(tmp_path / "a", "a", 0, True)
     late = 0.65 * 13 / 11
     found = forecast.forecast(run, [], now=0.0)
     assert (found.training_ends, found.last_step) == (pytest.approx(BEGUN + 200 * 0.65 + 300 * late), 500)
@@ -162,7 +163,7 @@ def test_steps_that_recurrence_makes_longer_are_forecast_before_and_after_it_beg
     write_events(
         tmp_path / "b", [config | {"max_wallclock_seconds": 0.0}, *rest, *live_events(begun, "train", steps=70)]
     )
-    run = report.read_run(tmp_path / "b", "b", 0, True)
+    run = read_run(tmp_path / "b", "b", 0, True)
     assert forecast.forecast(run, [], now=0.0).training_ends == pytest.approx(BEGUN + 52.5 + 430)
 
 
@@ -175,7 +176,7 @@ def test_a_resumed_run_is_forecast_from_its_checkpoint(tmp_path: Path) -> None:
         {"event": "resumed", "step": 60, "seconds": 39.0, "time": BEGUN + 3610},
     ]
     write_events(tmp_path / "a", [*events, *again])
-    run = report.read_run(tmp_path / "a", "a", 0, True)
+    run = read_run(tmp_path / "a", "a", 0, True)
     found = forecast.forecast(run, [], now=0.0)
     assert (found.training_ends, found.last_step) == (pytest.approx(BEGUN + 3610 + 440 * 0.65), 500)
     assert watch.training_bar(run).text == "60 of 500 steps"
@@ -184,7 +185,7 @@ def test_a_resumed_run_is_forecast_from_its_checkpoint(tmp_path: Path) -> None:
 def test_after_the_training_the_bar_has_its_real_steps(tmp_path: Path) -> None:
     events = live_events(write_run(tmp_path / "a", iterations=500), "train", steps=20)
     write_events(tmp_path / "a", [*events, {"event": "trained", "steps": 32, "seconds": 99.6, "time": BEGUN + 100}])
-    run = report.read_run(tmp_path / "a", "a", 0, True)
+    run = read_run(tmp_path / "a", "a", 0, True)
     assert watch.training_bar(run) == watch.Bar("training", "100 s, 32 steps", 1.0)
     assert forecast.forecast(run, [], now=0.0) is None
 
@@ -193,7 +194,7 @@ def test_nothing_is_forecast_from_a_few_steps(tmp_path: Path) -> None:
     events = write_run(tmp_path / "a", iterations=500, max_wallclock_seconds=0.0, steps=200)
     for steps, is_there in ((90, False), (120, True)):
         write_events(tmp_path / "a", live_events(events, "train", steps=steps))
-        found = forecast.forecast(report.read_run(tmp_path / "a", "a", 0, True), [], now=0.0)
+        found = forecast.forecast(read_run(tmp_path / "a", "a", 0, True), [], now=0.0)
         assert (found.loss is not None) == is_there, steps
 
 
@@ -226,7 +227,7 @@ def test_a_finished_run_with_the_same_schedule_is_what_to_compare_with(tmp_path:
     write_run(tmp_path / "base", bpb=1.9, steps=100, iterations=100)
     events = write_run(tmp_path / "a", bpb=1.95, steps=100, iterations=100, seed=2)
     write_events(tmp_path / "a", live_events(events, "train", steps=60))
-    runs = report.read_runs([str(tmp_path / "a"), str(tmp_path / "base")])
+    runs = read_runs([str(tmp_path / "a"), str(tmp_path / "base")])
     found = forecast.forecast(runs[0], runs[1:], now=0.0)
     # All losses of these made-up runs are 1.7 x 0.05 apart.
     assert found.loss == pytest.approx(runs[1].scores["raw"]["val_loss"] + 1.7 * 0.05)
