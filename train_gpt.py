@@ -1935,43 +1935,88 @@ def load_data_shard(path: Path) -> Shard:
         raise UserError(f"a shard of DATA_PATH cannot be read: {os_error_line(error)}") from None
 
 
+class Manifest(NamedTuple):
+    """What the manifest.json beside the shards says of them, which is not believed before it is compared."""
+
+    vocab_size: int
+    tokenizer: str  # its file, as seen from the folder of the shards
+    tokenizer_sha256: str
+    tokens: dict[str, int]  # by shard
+    sha256: dict[str, str]  # by shard
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Return what a folder's manifest says, None where there is none. Raise UserError for one that cannot be read."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        return None
+    content = read_file(path, LARGEST_JSON)
+    try:
+        manifest = json.loads(content)
+        tokenizer, files = manifest["tokenizer"], manifest["files"]
+        return Manifest(
+            vocab_size=int(tokenizer["vocab_size"]),
+            tokenizer=os.fspath(tokenizer["path"]),  # TypeError for what is no text
+            tokenizer_sha256=str(tokenizer.get("sha256")),
+            tokens={name: int(entry["tokens"]) for name, entry in files.items()},
+            sha256={name: str(entry.get("sha256")) for name, entry in files.items()},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise UserError(f"{path} is not a manifest of token shards ({error!r}): rebuild or remove it") from None
+
+
 def apply_manifest(h: Hyperparameters) -> Hyperparameters:
     """Fill vocab_size and tokenizer_path from the shards' manifest.json, unless they were given.
 
     Return the settings unchanged where there is no manifest. Raise UserError where it does not match the files.
     """
     folder = find_path(h.data_path, "DATA_PATH")
-    path = folder / "manifest.json"
-    if not path.exists():
+    manifest = read_manifest(folder)
+    if manifest is None:
         return h
-    content = read_file(path, LARGEST_JSON)
-    try:
-        manifest = json.loads(content)
-        tokenizer = manifest["tokenizer"]
-        listed = {(name, int(entry["tokens"])) for name, entry in manifest["files"].items()}
-        found = {"vocab_size": int(tokenizer["vocab_size"]), "tokenizer_path": str(folder / tokenizer["path"])}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise UserError(f"{path} is not a manifest of token shards ({error!r}): rebuild or remove it") from None
+    path = folder / "manifest.json"
     shards = [shard for split in ("train", "val") for shard in folder.glob(f"*_{split}_*.bin")]
     try:
         present = {(shard.name, (shard.stat().st_size - SHARD_HEADER_BYTES) // 2) for shard in shards}
     except OSError as error:
         raise UserError(f"a shard of DATA_PATH cannot be read: {os_error_line(error)}") from None
-    mismatched = sorted(listed ^ present)
+    mismatched = sorted(set(manifest.tokens.items()) ^ present)
     if mismatched:
         name, _ = mismatched[0]
         raise UserError(f"{folder / name} does not match {path}: `python data/verify.py {folder}` says what is wrong")
+    found = {"vocab_size": manifest.vocab_size, "tokenizer_path": str(folder / manifest.tokenizer)}
     settings = copy.copy(h)
     for name in found.keys() - h.chosen:
         try:
             setattr(settings, name, h.knobs()[name].parse(name, found[name]))
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-    file = find_path(settings.tokenizer_path, "TOKENIZER_PATH")
-    sha256 = hashlib.sha256(read_file(file, LARGEST_TOKENIZER, "TOKENIZER_PATH")).hexdigest()
-    if sha256 != tokenizer.get("sha256"):
+    if tokenizer_sha256(settings.tokenizer_path) != manifest.tokenizer_sha256:
+        file = find_path(settings.tokenizer_path, "TOKENIZER_PATH")
         raise UserError(f"TOKENIZER_PATH={file} is not the tokenizer that {path} names: unset it, or fetch it again")
     return settings
+
+
+def tokenizer_sha256(path: str) -> str:
+    """Return the SHA-256 of the tokenizer's file."""
+    file = find_path(path, "TOKENIZER_PATH")
+    return hashlib.sha256(read_file(file, LARGEST_TOKENIZER, "TOKENIZER_PATH")).hexdigest()
+
+
+def data_hashes(h: Hyperparameters) -> dict[str, str]:
+    """Return the SHA-256 of the tokenizer and, where the shards have a manifest, that of each split that is used: of
+    what `sha256sum *_val_*.bin` prints, by the manifest.
+
+    Contents are not read here: apply_manifest has compared names and lengths, `data/verify.py` compares the rest.
+    """
+    hashes = {"tokenizer_sha256": tokenizer_sha256(h.tokenizer_path)}
+    manifest = read_manifest(find_path(h.data_path, "DATA_PATH"))
+    for split in ("val",) if h.eval_only else ("train", "val"):
+        own = sorted(name for name in manifest.sha256 if f"_{split}_" in name) if manifest else []
+        if own and all(re.fullmatch("[0-9a-f]{64}", manifest.sha256[name]) for name in own):
+            listing = "".join(f"{manifest.sha256[name]}  {name}\n" for name in own)
+            hashes[f"{split}_sha256"] = hashlib.sha256(listing.encode()).hexdigest()
+    return hashes
 
 
 def load_shards(h: Hyperparameters, split: str) -> list[Shard]:
@@ -5993,7 +6038,7 @@ def main() -> None:
         journal.begin(run)
         write_code(run)
         banner(run)
-        stats = journal.stats() | {"preflight_seconds": preflight(run)}
+        stats = journal.stats() | {"data": data_hashes(h), "preflight_seconds": preflight(run)}
         plan_calibration(run)
         plan_evaluation(run)
         journal.keep_plan()

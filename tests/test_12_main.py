@@ -63,6 +63,7 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(trained: SimpleNamespa
     # Whether adapting helps so young a model depends on the text, which is that of the running Python.
     assert trained.result["val_bpb"] == trained.stages["ttt"] != trained.stages["sliding"]
     assert trained.result["bytes_model"] == (trained.folder / "final_model.bin").stat().st_size
+    assert trained.result["data"].keys() == {"tokenizer_sha256", "train_sha256", "val_sha256"}
     # What people used to write by hand: steps, seconds, seed, settings.
     assert (trained.result["steps"], trained.result["seed"]) == (SMALL["ITERATIONS"], t.Hyperparameters.seed)
     assert 0 < trained.result["train_seconds"] < 300 and 0 < trained.result["eval_seconds"] < 300

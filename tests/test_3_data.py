@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import random
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -321,6 +323,22 @@ def test_another_vocabulary_or_tokenizer_than_the_manifests_is_refused(
     described.tokenizer.unlink()
     with pytest.raises(t.UserError, match=r"TOKENIZER_PATH=.*demo_1024_bpe.model does not exist"):
         described.settle()
+
+
+def test_a_run_names_its_data_as_sha256sum_does(described: SimpleNamespace) -> None:
+    hashes = t.data_hashes(described.settle())
+    for split in ("train", "val"):
+        listed = f"cd {shlex.quote(str(described.data))} && LC_ALL=C sha256sum *_{split}_*.bin | sha256sum"
+        said = subprocess.run(["bash", "-c", listed], capture_output=True, text=True, check=True).stdout
+        assert hashes[f"{split}_sha256"] == said.split()[0]
+    assert hashes["tokenizer_sha256"] == hashlib.sha256(described.tokenizer.read_bytes()).hexdigest()
+    assert t.data_hashes(described.settle(eval_only="final_model.bin")).keys() == {"tokenizer_sha256", "val_sha256"}
+    one = next(iter(described.manifest["files"].values()))
+    one["sha256"] = "../../x"  # no hash: the others of the split do not stand for all
+    described.path.write_text(json.dumps(described.manifest))
+    assert len(t.data_hashes(described.settle())) == 2
+    described.path.unlink()
+    assert t.data_hashes(described.settle(tokenizer_path=str(described.tokenizer))).keys() == {"tokenizer_sha256"}
 
 
 @pytest.mark.parametrize("kind", ["missing", "more", "shorter", "missing validation"])
