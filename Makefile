@@ -46,8 +46,10 @@ demo: setup ## train, export, score and adapt a small model on this machine: abo
 data: .venv/data ## fetch the published export: make data VARIANT=sp1024 TRAIN_SHARDS=80
 	$(BIN)/python data/download.py $(if $(VARIANT),--variant $(VARIANT)) $(if $(TRAIN_SHARDS),--train-shards $(TRAIN_SHARDS))
 
+# DATA is one folder, of whose name neither make nor a shell reads a character: it goes through the environment.
+verify-data: export DATA_FOLDER := $(value DATA)
 verify-data: .venv/run ## look at every shard of a folder: make verify-data DATA=data/datasets/mine_sp4096
-	$(BIN)/python data/verify.py $(if $(DATA),"$(DATA)")
+	$(BIN)/python data/verify.py $(if $(value DATA),"$$DATA_FOLDER")
 
 train: setup ## train one of the systems in records/env/ on all GPUs here: make train CONFIG=pr1092, or CONFIG="pr1092 toy"
 	@test -n "$(CONFIG)" && ls $(CONFIG:%=records/env/%.env) > /dev/null 2>&1 || { echo "CONFIG=$(CONFIG): make train needs CONFIG, of: $$(cd records/env && ls *.env | sed 's/.env//' | xargs)"; exit 2; }
@@ -106,7 +108,7 @@ bench: .venv/run ## time a step and its parts, scoring, export, start-up on this
 	@set -a; for name in $(CONFIG); do source records/env/$$name.env || exit; done; \
 	$(BIN)/python tests/bench.py $(if $(VS),--vs $(VS)) $(if $(STAGES),--stages $(STAGES))
 
-bench-data: .venv/test ## measure encoding, opening of shards and shuffled loading here: make bench-data DOCS=some.jsonl
+bench-data: .venv/test ## measure encoding, opening of shards and shuffled loading here: make bench-data DOCS="a.jsonl 'b c.jsonl'"
 	$(BIN)/python tests/bench_data.py $(DOCS)
 
 # A process a core, four at most: each takes half a gigabyte of memory.
@@ -115,8 +117,8 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 test: .venv/test ## run all tests: no network, no GPU
 	$(PYTEST) -m "not faults and not fuzz"
 
-faults: .venv/test ## kill runs at random, cut off hosts, and compare what comes out: about 7 minutes on 2 cores
-	$(BIN)/python -m pytest -rP $(FAULTS) tests/test_faults.py
+faults: .venv/test ## kill runs at random, cut off hosts, and compare what comes out: about 15 minutes on 2 cores
+	$(BIN)/python -m pytest -rP $(FAULTS) tests/test_faults.py tests/test_data_kills.py
 
 fuzz: .venv/test ## attack every reader with 100,000 hostile files: make fuzz, or make fuzz INPUTS=20000 SEED=5
 	FUZZ_INPUTS=$(INPUTS) FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -m fuzz tests/test_hostile_files.py tests/test_8_rans.py

@@ -550,6 +550,8 @@ class Build:
             print(f"{self.work} is of another build: beginning anew")
             shutil.rmtree(self.work)
         self.work.mkdir(parents=True, exist_ok=True)
+        for left in self.work.glob("*.tmp"):  # by a build that was killed while it wrote a file
+            left.unlink()
         shards.write_atomically(place, json.dumps(recipe).encode())
         self.scan()
         selected = self.select()
@@ -598,6 +600,8 @@ def spooled(paths: list[str], place: Path) -> Iterator[list[Path]]:
             file.write(first)
             shutil.copyfileobj(sys.stdin.buffer, file, shards.PIECE_BYTES)
         yield [place if path == "-" else Path(path) for path in paths]
+    except DataError as error:  # that file is gone when somebody reads this: a command begins with - again
+        raise DataError(str(error).replace(shlex.quote(str(place)), "-").replace(str(place), "-")) from None
     finally:
         place.unlink(missing_ok=True)
 

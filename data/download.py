@@ -104,7 +104,7 @@ def import_hub() -> Any:
     try:
         import huggingface_hub
         import huggingface_hub.errors
-        import huggingface_hub.utils
+        import huggingface_hub.utils.sha
     except ImportError:
         raise DataError("huggingface_hub is not installed: pip install -r data/requirements.txt") from None
     if int(huggingface_hub.__version__.split(".")[0]) < 1:
@@ -301,17 +301,10 @@ def examine(file: RemoteFile, path: Path, vocab_size: int) -> ShardFacts:
     facts = check_shard(path, vocab_size) if is_shard else ShardFacts(0, hash_file(path))
     if file.sha256 not in (None, facts.sha256):
         raise DataError(f"{path} has SHA-256 {facts.sha256[:12]}…, in the export {file.sha256[:12]}…")
-    if (
-        file.sha256 is None and file.blob_id and git_blob_id(path) != file.blob_id
-    ):  # a small file, which Git itself holds
-        raise DataError(f"{path} has another content than in the export, Git's {file.blob_id[:12]}")
+    if file.sha256 is None and file.blob_id:  # a small file, which Git itself holds
+        if import_hub().utils.sha.git_hash(path.read_bytes()) != file.blob_id:
+            raise DataError(f"{path} has another content than in the export, Git's {file.blob_id[:12]}")
     return facts
-
-
-def git_blob_id(path: Path) -> str:
-    """Returns the name that Git has for the content of a file."""
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def place(source: Path, target: Path) -> None:
@@ -340,7 +333,8 @@ class Store:
     """The local copy of a variant, and the requests that complete it.
 
     huggingface_hub finds the addresses and the token, but its own download (2.4) writes to a name that no later call
-    knows and removes it when the call ends: an interrupted one would begin at zero again. So the bytes are taken here.
+    knows: an interrupted one would begin at zero again. Its http_get goes on, but hands over 10 MB at a time, and
+    neither looks at the content. So the bytes are taken here; README.md has the figures.
     """
 
     def __init__(self, root: Path, export: Export, variant: Variant, jobs: int):
@@ -423,7 +417,7 @@ class Store:
         hub, start = import_hub(), staged.stat().st_size
         headers = {**hub.utils.build_hf_headers(), "Accept-Encoding": "identity"}
         headers |= {"Range": f"bytes={start}-"} if start else {}
-        request = {"headers": headers, "timeout": TIMEOUT_SECONDS, "follow_redirects": True}
+        request = {"headers": headers, "timeout": TIMEOUT_SECONDS}
         try:
             with hub.utils.get_session().stream("GET", file_url(self.export, file.path), **request) as response:
                 status, pause = response.status_code, response.headers.get("Retry-After", "")
@@ -490,10 +484,12 @@ class Store:
         return dict(zip(files, results))
 
     def clean(self) -> None:
-        """Removes what is staged, unless another call is fetching there."""
-        if self.staging.exists():
-            with contextlib.suppress(DataError), locked(self.staging / "lock"):
-                shutil.rmtree(self.staging)
+        """Removes what is staged, and what calls left that were killed, unless another one is fetching there."""
+        with contextlib.suppress(DataError), locked(self.staging / "lock"):
+            for pattern in ("manifest.json.*.tmp", "*.bin.tmp", "../../tokenizers/*.model.*.tmp"):
+                for left in self.folder.glob(pattern):
+                    left.unlink(missing_ok=True)
+            shutil.rmtree(self.staging)
         with contextlib.suppress(OSError):  # absent, or it holds another variant's files
             self.staging.parent.rmdir()
 

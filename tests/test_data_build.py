@@ -352,6 +352,7 @@ def test_a_killed_build_goes_on_where_it_was_and_ends_the_same(make: Callable, t
     assert json.loads((work / "journal.json").read_text())["batches"] == 3
     growing = max(work.glob("*_train_*.bin"))
     growing.write_bytes(growing.read_bytes() + b"written after the journal")
+    (work / "journal.json.77.tmp").write_bytes(b"{")  # of a process that was killed in the middle of it
     encoded, encode = [], build.Worker.encode
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build.Worker, "encode", lambda self, task: (encoded.append(task), encode(self, task))[1])
@@ -361,6 +362,7 @@ def test_a_killed_build_goes_on_where_it_was_and_ends_the_same(make: Callable, t
         n: c for n, c in files_of(whole.folder).items() if n.endswith(".bin")
     }
     assert resumed.manifest["splits"] == whole.manifest["splits"] and not work.exists()
+    assert len(files_of(resumed.folder)) == len(files_of(whole.folder)), "left over"
 
 
 def test_an_unfinished_build_of_other_settings_is_not_gone_on_with(

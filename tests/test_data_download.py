@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -37,6 +38,7 @@ FOLDER = f"datasets/{NAME}"
 TRAIN = [f"{FOLDER}/fineweb_train_{i:06d}.bin" for i in range(4)]
 VAL, MODEL, VOCAB = f"{FOLDER}/fineweb_val_000000.bin", "tokenizers/fineweb_1024_bpe.model", "tokenizers/fineweb.vocab"
 ALL = {*TRAIN, VAL, MODEL, VOCAB}
+PIECE = 1 << 16  # bytes that the server sends at a time
 
 
 # ---- a Hub on this machine -------------------------------------------------------------------------------------------
@@ -73,6 +75,8 @@ class Hub:
         self.requests: list[Request] = []
         self.api_tokens: set[str | None] = set()
         self.released = threading.Event()
+        self.pace: float | None = None  # bytes a second on each connection
+        self.lock, self.num_sent = threading.Lock(), 0  # bytes of content that have left, also to who is gone by now
         self.servers = [self.serve(self.api), self.serve(self.content)]
         self.endpoint, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
 
@@ -81,6 +85,8 @@ class Hub:
             def do_GET(self) -> None:
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a client that was killed
                     answer(self)
+
+            do_HEAD = do_GET
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -121,7 +127,7 @@ class Hub:
         elif path.endswith("/revision/main"):
             self.resolved += 1
             reply(handler, 200, json.dumps({"id": REPO, "sha": COMMIT}).encode())
-        elif path.endswith(f"/tree/{COMMIT}/datasets"):  # in pages of three
+        elif path.endswith((f"/tree/{COMMIT}/datasets", f"/tree/{COMMIT}")):  # in pages of three
             entries, first = self.tree(), int(url.query.partition("cursor=")[2] or 0)
             more = f'<{self.endpoint}{url.path}?recursive=true&cursor={first + 3}>; rel="next"'
             headers = {"Link": more} if first + 3 < len(entries) else {}
@@ -130,7 +136,10 @@ class Hub:
             reply(handler, 200, json.dumps(self.manifest).encode())
         elif "/resolve/" in path:
             self.api_tokens.add(handler.headers.get("Authorization"))
-            reply(handler, 302, b"", {"Location": self.cdn + "/" + path.partition(f"{COMMIT}/datasets/")[2]})
+            name = path.partition(f"{COMMIT}/datasets/")[2]
+            known = {"X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(self.files[name]))}
+            known["X-Linked-ETag"] = f'"{hashlib.sha256(self.files[name]).hexdigest()}"'
+            reply(handler, 302, b"", {"Location": f"{self.cdn}/{name}", **known})
         else:
             reply(handler, 404, b"{}", {"X-Error-Code": "RevisionNotFound"})
 
@@ -139,6 +148,8 @@ class Hub:
         queue = self.answers.get(path)
         answer = queue.pop(0) if queue else self.forever.get(path, Answer())
         body = self.files[path] if answer.body is None else answer.body
+        if self.pace:  # what is on its way when a client is killed is to be little
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE)
         start = int(wanted[6:-1]) if wanted and not answer.ignore_range else 0
         rest = body[start : start + answer.stop_after] if answer.stop_after is not None else body[start:]
         if answer.status != 200:
@@ -152,8 +163,13 @@ class Hub:
         handler.end_headers()
         rest = rest if answer.stall_after is None else rest[: answer.stall_after]
         self.requests.append(Request(path, wanted, handler.headers.get("Authorization"), len(rest)))
-        handler.wfile.write(rest)
-        handler.wfile.flush()
+        for begin in range(0, len(rest), PIECE):
+            piece = rest[begin : begin + PIECE]
+            handler.wfile.write(piece)
+            with self.lock:
+                self.num_sent += len(piece)
+            if self.pace:
+                time.sleep(len(piece) / self.pace)
         if answer.stall_after is not None:
             self.released.wait(20)
 
@@ -174,9 +190,8 @@ def pack(tokens: np.ndarray) -> bytes:
     return shards.shard_header(len(tokens)) + tokens.astype("<u2").tobytes()
 
 
-@pytest.fixture(scope="module")
-def published(corpus: SimpleNamespace) -> SimpleNamespace:
-    """A small export in the published form: real text, a real tokenizer."""
+def export_of(corpus: SimpleNamespace) -> SimpleNamespace:
+    """Returns a small export in the published form: real text, a real tokenizer."""
     text = np.array(shards.open_shard(next(corpus.data_path.glob("*_train_000000.bin"))))
     files = {path: pack(text[i * 20000 : (i + 1) * 20000]) for i, path in enumerate([*TRAIN, VAL])}
     files |= {MODEL: corpus.tokenizer_path.read_bytes(), VOCAB: b"piece\t0\n"}
@@ -189,6 +204,11 @@ def published(corpus: SimpleNamespace) -> SimpleNamespace:
     ]
     manifest = {"version": "1", "docs_meta": {}, "tokenizers": tokenizers, "datasets": [dataset, absent]}
     return SimpleNamespace(files=files, manifest=manifest)
+
+
+@pytest.fixture(scope="module")
+def published(corpus: SimpleNamespace) -> SimpleNamespace:
+    return export_of(corpus)
 
 
 def point_to(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,15 +261,20 @@ def run(root: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> Callable[..
     return call
 
 
-def start(hub: Hub, root: Path, *options: str) -> subprocess.Popen[str]:
-    """Starts the tool as a real process, with a home of its own."""
+def environment(hub: Hub, home: Path) -> dict[str, str]:
+    """Returns the environment of a process that takes this server for the Hub and has a home of its own."""
     given = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    home = str(root.parent / "home")
-    hf = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": home, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+    given |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return given | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+def start(hub: Hub, root: Path, *options: str) -> subprocess.Popen[str]:
+    """Starts the tool as a real process."""
     command = [sys.executable, str(ROOT / "data/download.py"), "--repo", REPO, "--root", str(root), *options]
     pipe, before = subprocess.PIPE, signal.signal(signal.SIGINT, signal.default_int_handler)
     try:  # what a shell starts in the background ignores SIGINT, and so would its children
-        return subprocess.Popen(command, env={**given, **hf}, cwd=root.parent, text=True, stdout=pipe, stderr=pipe)
+        given = environment(hub, root.parent / "home")
+        return subprocess.Popen(command, env=given, cwd=root.parent, text=True, stdout=pipe, stderr=pipe)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -339,6 +364,7 @@ def test_the_byte_level_variant_gets_a_model_that_says_what_its_json_says(
 
 def test_a_second_call_fetches_nothing_and_says_so(hub: Hub, root: Path, run: Callable[..., Result]) -> None:
     assert run().error == ""
+    (root / FOLDER / "manifest.json.77.tmp").write_bytes(b"{")  # of a process that was killed in the middle of it
     second = run()
     assert second.error == "" and "all was there already" in second.out and hub.requests == []
     assert_all_there(hub, root)

@@ -261,7 +261,9 @@ def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- make
 needs_make = pytest.mark.skipif(not shutil.which("make") or not shutil.which("bash"), reason="make or bash is missing")
-MADE_ALREADY = [option for name in ("setup", ".venv/run", ".venv/tools", ".venv/data") for option in ("-o", name)]
+MADE_ALREADY = [
+    option for name in ("setup", ".venv/run", ".venv/tools", ".venv/data", ".venv/test") for option in ("-o", name)
+]
 
 
 @pytest.fixture
@@ -296,6 +298,8 @@ def make(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         (["audit", "RUN=logs/a\\ b"], ["records/audit.py", "logs/a b"]),
         (["verify-data", "DATA=data/my set"], ["data/verify.py", "data/my set"]),
         (["verify-data"], ["data/verify.py"]),
+        (["verify-data", 'DATA=Wörter für `5 $USD"'], ["data/verify.py", 'Wörter für `5 $USD"']),
+        (["bench-data", "DOCS='Wörter 1.jsonl' b.jsonl"], ["tests/bench_data.py", "Wörter 1.jsonl", "b.jsonl"]),
     ],
 )
 def test_a_folder_with_a_space_in_it_reaches_the_tool_as_one(
