@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from challenge import SEEDS_OF_A_RECORD, SIZE_LIMIT, TIME_LIMIT, VAL_BYTES
-from checker.logs import MIXTURE, Log, last_score, model_bytes, parse_log, scoring_seconds, train_seconds
+from checker.logs import MIXTURE, Log, last_score, model_bytes, parse_log, scoring_seconds, train_seconds, train_steps
 from checker.metric import LAUNCH_BYTES, implied_bytes
 from checker.scripts import Script, loaded_files, read_script
 from runs import read_events
@@ -303,7 +303,8 @@ def read_log(path: Path) -> Log:
 
 def entry_of(path: Path, log: Log) -> Entry:
     """Returns what a log says of its seed."""
-    score, train, steps, model = last_score(log), train_seconds(log), log.get("step"), model_bytes(log)
+    score, model = last_score(log), model_bytes(log)
+    train, steps = train_seconds(log), train_steps(log)
     unquantized = [earlier.bpb for earlier in log.scores if earlier.kind == "unquantized"]
     return Entry(
         seed=log.seed,

@@ -52,7 +52,7 @@ LATEST = 2.5e11  # seconds since 1970, in the year 9892: what calendars here can
 OPTIONAL = {
     "config": "iterations max_wallclock_seconds eval_budget_seconds warmdown_frac warmdown_iters train_seq_len",
     "train": "lr_scale",
-    "final": "steps train_seconds calibration_seconds export_seconds preflight_seconds load_seconds "
+    "final": "steps step_avg_ms train_seconds calibration_seconds export_seconds preflight_seconds load_seconds "
     "eval_seconds_strict",
     "stored": "clip error",
 }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import base64
 import hashlib
 import importlib.util
 import json
+import lzma
 import re
 import shutil
 import statistics
@@ -18,6 +20,7 @@ from typing import Any
 
 import pytest
 from conftest import AUDITED, ROOT, shell
+from test_records_check import BPB, MODEL, SCRIPT, SEEDS, log_text
 
 import train_gpt as t
 
@@ -25,6 +28,7 @@ sys.path.insert(0, str(ROOT / "records"))
 submit = pytest.importorskip(
     "submit", reason="the tools' packages are missing: pip install -r records/requirements.txt"
 )
+import material  # noqa: E402
 from checker import audit as check_folder  # noqa: E402
 from checker.portability import syntax_error  # noqa: E402
 
@@ -220,6 +224,8 @@ def test_three_seeds_become_a_complete_folder_whose_figures_are_those_of_the_run
     text = (folder / "README.md").read_text()
     assert f"**val_bpb: {content['val_bpb']:.6f}**" in text and "not a record" not in text and "What is new." in text
     assert all(f"| {seed} | 4 | " in text and f"{results[seed]['val_bpb']:.6f}" in text for seed in (1, 2, 3))
+    assert content["data"] == results[1]["data"] and len(content["data"]) == 3
+    assert all(f"`{digest}`" in text for digest in content["data"].values()) and "Not verified" not in text
     assert "/corpus" not in text and "/corpus" not in (folder / "compliance_seed1.json").read_text()  # nobody's paths
     _, findings = check_folder(folder)
     assert [f for f in findings if f.severity != "note"] == []
@@ -249,6 +255,127 @@ def test_a_comparison_has_both_tests_as_significance_computes_them(make: Callabl
     assert (content["t_statistic"], content["welch_df"], content["p_value"]) == plain[:3]
     assert content["p_value"] < content["p_value_with_margin"] and f"p = {plain.p:.4g}" in text
     assert content["delta_bpb"] == pytest.approx(statistics.fmean(own) - 1.2004)
+
+
+def test_runs_that_do_not_name_their_data_are_taken_and_the_folder_says_so(make: Callable, tmp_path: Path) -> None:
+    folder = package(tmp_path, make(1, lambda result, compliance: result.pop("data")))
+    content, text = json.loads((folder / "submission.json").read_text()), (folder / "README.md").read_text()
+    assert content["data"] is None and content["not_verified"] == ["on which data: " + UNNAMED] and UNNAMED in text
+
+
+# ---- another author's script and logs ----
+UNNAMED = "the runs are of a script that does not name them"
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Callable[..., list[str]]:
+    """Writes a script and logs in a dialect of the challenge, and returns the words that name them."""
+
+    def write(script: str | bytes = SCRIPT, seeds: tuple[int, ...] = SEEDS, **changed: Any) -> list[str]:
+        folder = tmp_path / "their run"
+        folder.mkdir(exist_ok=True)
+        content = script.encode() if isinstance(script, str) else script
+        (folder / "best_v7.py").write_bytes(content)
+        logs = [folder / f"{seed}.txt" for seed in seeds]
+        for seed, path in zip(seeds, logs):
+            path.write_text(log_text(seed, code=len(content), **changed))
+        return ["--script", str(folder / "best_v7.py"), "--log", *map(str, logs)]
+
+    return write
+
+
+def test_another_authors_script_and_logs_become_a_folder_with_their_figures_and_what_nobody_verified(
+    theirs: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = theirs()
+    (tmp_path / "their run/requirements.txt").write_text("brotli\n")
+    folder = package(tmp_path, *words, author="A. Author")
+    content, text = json.loads((folder / "submission.json").read_text()), (folder / "README.md").read_text()
+    assert folder.parent.name == "track_10min_16mb" and content["author"] == "A. Author"
+    assert content["val_bpb"] == pytest.approx(statistics.fmean(BPB.values()), abs=1e-9)
+    assert content["seeds"] == [42, 314, 999]
+    assert content["bytes_total"] == MODEL + len(SCRIPT) and content["bytes_code"] == len(SCRIPT)
+    result = content["seed_results"]["42"]
+    assert (result["steps"], result["train_time_s"], result["eval_time_s"]) == (4550, 588.047, 366.525)
+    assert result["calib_time_s"] == 11.3 and result["eval_time_strict_s"] is None
+    assert content["compliance"]["artifact_under_16mb"] is True and content["compliance"]["score_first_ttt"] is None
+    assert content["data"] is None and content["hardware"].startswith("8 GPUs by the logs")
+    assert (folder / "train_gpt.py").read_text() == SCRIPT and (folder / "requirements.txt").read_text() == "brotli\n"
+    assert (folder / "train_seed42.log").read_bytes() == (tmp_path / "their run/42.txt").read_bytes()
+    printed = capsys.readouterr().out
+    for what in ("the file of the weights", "nothing was run", "that the logs are of this script"):
+        assert what in " ".join(content["not_verified"]) and what in text and what in printed
+    _, findings = check_folder(folder)
+    assert [f for f in findings if f.severity == "reject"] == []
+
+
+def test_a_packed_script_of_another_author_is_shipped_as_it_is_with_its_source_beside_it(
+    theirs: Callable, tmp_path: Path
+) -> None:
+    packed = b"import lzma as L, base64 as B\nexec(L.decompress(B.b85decode(%r)))\n"
+    packed %= base64.b85encode(lzma.compress(SCRIPT.encode()))
+    folder = package(tmp_path, *theirs(packed))
+    assert (folder / "train_gpt.py").read_bytes() == packed
+    assert (folder / "train_gpt_readable.py").read_text() == SCRIPT
+
+
+def test_what_their_logs_lack_or_break_is_no_record_or_refused(theirs: Callable, tmp_path: Path) -> None:
+    for number, (changed, reason) in enumerate(
+        (
+            ({"world": 1}, "trained by 1 processes, not on 8 H100s"),
+            ({"train_ms": 700_000}, "seed 42: 711.3 s of training, over 600"),
+            ({"eval_ms": 601_000}, "seed 42: 601.0 s of scoring, over 600"),
+            ({"tokens": 1_000_000}, "bytes were scored, which is not the challenge's validation text"),
+            ({"seeds": (42, 314)}, "2 of at least 3 seeds"),
+        )
+    ):
+        words = theirs(**changed)
+        assert reason in refused_words(words, tmp_path, track="record")
+        submit.main([*words, "--name", f"N{number}", "--github-id", "a", "--out", str(tmp_path / "records")])
+        (folder,) = (tmp_path / "records").glob(f"*/*_N{number}")
+        assert folder.parent.name == "track_non_record_16mb"
+        assert reason in " ".join(json.loads((folder / "submission.json").read_text())["why_no_record"])
+    assert "over 16,000,000" in refused_words(theirs(model=16_100_000), tmp_path)
+    assert "the seed 42 is there twice" in refused_words(theirs(seeds=(42, 42)), tmp_path)
+
+
+def refused_words(words: list[str], tmp_path: Path, **options: Any) -> str:
+    """Returns why the command wrote nothing, where folders of other calls may lie."""
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    with pytest.raises(SystemExit) as caught:
+        submit.main([*words, "--name", "x", "--github-id", "a", "--out", str(tmp_path / "records"), *flags])
+    assert str(caught.value).startswith("submit.py: error: ")
+    return str(caught.value)
+
+
+def test_what_is_no_script_or_log_is_refused_with_the_fix(theirs: Callable, make: Callable, tmp_path: Path) -> None:
+    folder, words = tmp_path / "their run", theirs()
+    (folder / "empty.txt").write_text("seed: 1\nnothing else\n")
+    (folder / "nameless.txt").write_text("final val_loss:2.0 val_bpb:1.10000000\n")
+    script, log = words[:2], words[2:4]
+    for given, reason in (
+        ([*script], "give the folders of runs, or another author's --script FILE and --log FILE"),
+        ([*log], "give the folders of runs, or another author's"),
+        ([str(make(1)), *words], "give the folders of runs, or another author's"),
+        (["--script", str(folder / "no.py"), *log], "no.py is no file"),
+        ([*script, "--log", str(folder / "no.txt")], "no.txt is no file"),
+        ([*script, "--log", str(folder / "empty.txt")], "empty.txt has no score of the stored model"),
+        ([*script, "--log", str(folder / "nameless.txt")], "names no seed, nor does its name: rename it to train_seed"),
+    ):
+        assert reason in refused_words(given, tmp_path), given
+    assert "best_v7.py is no Python: " in refused_words(theirs(SCRIPT + "\ndef f(:\n"), tmp_path)
+    (folder / "helper.py").write_text("x = 1\n")
+    assert "loads helper.py from its folder" in refused_words(theirs("import helper\n" + SCRIPT), tmp_path)
+
+
+def test_text_of_another_author_cannot_break_out_of_the_readme(theirs: Callable, tmp_path: Path) -> None:
+    words = theirs()
+    hostile = tmp_path / "their run/requirements.txt"
+    hostile.write_text("")
+    log = tmp_path / "their run/42.txt"
+    log.write_text(log.read_text().replace("quantized_ttt val", "<script>alert(1)</script>|mix_bpb val"))
+    folder = package(tmp_path, *words, track="non-record")
+    assert "<script>" not in (folder / "README.md").read_text()
 
 
 # ---- refusals ----
@@ -294,14 +421,17 @@ def resize(result: dict, compliance: dict) -> None:
         (edit("c/seed", 99), "holds no report that can be read"),
         (edit("r/settings/seed", 99), "holds no report that can be read"),
         (edit("r/seed", "../../x"), "holds no report that can be read"),
-        (edit("r/step_avg_ms", None), "holds no report that can be read"),
+        (edit("r/step_avg_ms", None), "step_avg_ms of event final is None, a number is needed"),
         (edit("r/bytes_model", 1000), "is not what metrics.jsonl and final_model.bin say"),
         (edit("r/settings/eval_only", "some.bin"), "did not train"),
         (both("settings/matrix_lr", 0.5), "MATRIX_LR=0.5, 0.027 in .*s1: make them equal"),
         (edit("r/artifact_sha256", "0" * 64), "final_model.bin is not the file that was scored"),
         (edit("c/artifact_sha256", "0" * 64), "compliance.json is of another final_model.bin"),
-        (edit("r/val_bpb", "low"), "holds no report that can be read"),
-        (edit("r/val_bpb", float("nan")), "holds no report that can be read"),
+        (edit("r/val_bpb", "low"), r"s2/metrics.jsonl:\d+: val_bpb of event final is 'low', a number is needed"),
+        (edit("r/val_bpb", float("nan")), "val_bpb of event final is nan, a number is needed"),
+        (edit("r/data", {"val_sha256": "0" * 64}), "s2 has other data than .*s1: all seeds must have the same"),
+        (edit("r/data", {"val_sha256": "<b>"}), "holds no report that can be read"),
+        (edit("r/data", []), "holds no report that can be read"),
         (edit("r/settings", []), "holds no report that can be read"),
     ],
 )
@@ -397,4 +527,4 @@ def test_other_h100s_are_not_the_challenges(make: Callable, tmp_path: Path, mach
 def test_the_audit_that_is_asked_for_is_the_one_that_is_made() -> None:
     import audit
 
-    assert submit.PROOFS == {*audit.PROBES, "artifact", "files", "network"}
+    assert material.PROOFS == {*audit.PROBES, "artifact", "files", "network"}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .logs import Log, Score, last_score, matching, parse_log, train_seconds
+from .logs import Log, Score, last_score, matching, parse_log, scoring_seconds, train_seconds
 from .reading import read_text
 from .rules import Finding
 from .scripts import Script, loaded_files, read_script
@@ -241,8 +241,6 @@ def drop_copies(folder: Folder) -> None:
 
 
 def eval_seconds(folder: Folder, log: Log, score: Score) -> float | None:
-    """Returns the seconds of the evaluation of a result: on its line, on the same score's above, of the whole."""
-    timed = [s for s in log.scores if s.seconds is not None and s.line <= score.line and s.file == score.file]
-    same = [s.seconds for s in (*timed, score) if s.seconds is not None and abs(s.bpb - score.bpb) < 6e-5]
-    own = same[-1] if same else log.get("eval_s")
+    """Returns the seconds of the evaluation of a result, by its log or else by submission.json."""
+    own = scoring_seconds(log, score)
     return own if own is not None else seconds_of(folder.entry(log), "eval_time", "ttt_eval_time")

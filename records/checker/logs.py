@@ -30,6 +30,10 @@ FIELDS = [
     ("stop_s", rf"\bstopping_early.{{0,200}}train_time\s?[:=]\s?{DECIMAL}\s*ms", 1e-3, "stopping_early train_time:1ms"),
     ("stop_s", rf"^trained:.*train_time:{DECIMAL}ms", 1e-3, "trained: steps:150 train_time:97105ms …"),
     ("step", rf"^(?:step:?\s?)?{COUNT}/\d+:? train_loss", 1, "500/20000 train_loss: 3.3 …"),
+    ("val_step", rf"^(?:step:?\s?)?{COUNT}/\d+:? val_loss", 1, "4550/20000 val_loss: 2.8 val_bpb: 1.1"),
+    ("stop_step", rf"\bstopping_early.{{0,200}}\bstep\s?[:=]\s?{COUNT}", 1, "stopping_early … step: 4550/20000"),
+    ("stop_step", rf"^trained: steps:{COUNT}", 1, "trained: steps:150 train_time:97105ms …"),
+    ("stop_step", rf"^Training complete in [\d.]+s \({COUNT} steps\)", 1, "Training complete in 590s (1857 steps)"),
     ("stop_s", rf"^Training complete in {DECIMAL}s \(", 1, "Training complete in 590s (1857 steps)"),
     ("train_s", rf"\btrain_time\s*[:=]\s*{DECIMAL}\s*ms", 1e-3, "step:10/9000 train_loss:6.2 train_time:816ms"),
     ("train_s", rf"^step:\d+/\d+ .*\bt:{DECIMAL}ms", 1e-3, "step:500/50000 loss:3.1 t:77000ms avg:155.3ms"),
@@ -54,7 +58,7 @@ FIELDS = [
     ("breaks", r"\bcompliant:0()\s*$", 1, "final_exact … total_bytes:1061031 compliant:0"),
 ]  # fmt: skip
 PATTERNS = [(name, re.compile(pattern), scale) for name, pattern, scale, _ in FIELDS]
-STEP_PATTERNS = [entry for entry in PATTERNS if entry[0] in ("train_s", "step")]
+STEP_PATTERNS = [entry for entry in PATTERNS if entry[0] in ("train_s", "step", "val_step")]
 LOSS = re.compile(r"\bval[_ ]loss\s*[:=]\s*(\d+\.\d+)", re.I)
 BPB = re.compile(r"\b(val[_ ]bpb|\w{0,40}mix_bpb|(?:EMA|Quantized) BPB \([^()]{1,20}\))\s*[:=]\s*\**(\d+\.\d+)", re.I)
 MIXTURE = re.compile(r"ppm|n_?gram|(?:^|_)mix(?:er|ture)?(?:_|\b)", re.I)  # of distributions over bytes
@@ -214,3 +218,15 @@ def model_bytes(log: Log) -> float | None:
 def train_seconds(log: Log) -> float | None:
     """Returns the seconds of training: the stop's, else the last step's."""
     return log.get("stop_s") if log.get("stop_s") is not None else log.get("train_s")
+
+
+def train_steps(log: Log) -> float | None:
+    """Returns the steps of training: the stop's, else those of the last validation. Lines of losses come seldom."""
+    return log.get("stop_step") or log.get("val_step")
+
+
+def scoring_seconds(log: Log, score: Score) -> float | None:
+    """Returns the seconds of the evaluation of a result: on its line, on the same score's above, of the whole."""
+    timed = [s for s in log.scores if s.seconds is not None and s.line <= score.line and s.file == score.file]
+    same = [s.seconds for s in (*timed, score) if s.seconds is not None and abs(s.bpb - score.bpb) < 6e-5]
+    return same[-1] if same else log.get("eval_s")

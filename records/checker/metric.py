@@ -10,13 +10,23 @@ from collections.abc import Iterator
 from challenge import VAL_BYTES
 
 from .folder import Folder
-from .logs import MIXTURE
+from .logs import MIXTURE, Log, Score
 from .rules import Finding, rule
 from .scripts import name_of
 
 LAUNCH_BYTES = 155.77e6  # of the baseline of launch day, an older export of the same documents
 TOKENS_PER_BYTE = {"sp1024": 0.41052, "sp4096": 0.30125, "sp8192": 0.26834, "CaseOps": 0.31674, "byte260": 1.0}
 LEAK_SHARDS = 1499
+
+
+def implied_bytes(log: Log, score: Score) -> tuple[float | None, float]:
+    """Returns the bytes of text that a result is of, and how much its rounding hides; None where the log lacks its
+    number of tokens or its loss."""
+    tokens = log.get("val_tokens")
+    if not tokens or not score.loss or not score.bpb:
+        return None, 0.0
+    value = tokens * score.loss / (math.log(2) * score.bpb)
+    return value, value * sum(0.5 * 10.0**-d / v for d, v in zip(score.digits, (score.bpb, score.loss)))
 
 
 @rule("M1", "reject", "tokens x loss / (ln 2 x bpb) is the validation text's number of bytes", "R8, #1719, #2071")
@@ -41,8 +51,7 @@ def check_metric(folder: Folder) -> Iterator[Finding]:
             what = "val_loss of the result" if tokens else "number of validation tokens"
             yield Finding("M1", "note", f"{what}: not found in the log, the metric's bytes cannot be checked", *place)
             continue
-        value = tokens * score.loss / (math.log(2) * score.bpb)
-        error = value * sum(0.5 * 10.0**-d / v for d, v in zip(score.digits, (score.bpb, score.loss)))  # of rounding
+        value, error = implied_bytes(log, score)
         what = f"{tokens:,.0f} tokens x {score.loss} / (ln 2 x {score.bpb}) = {value:,.0f} bytes, {wanted}: "
         near = [name for name, known in TOKENS_PER_BYTE.items() if abs(tokens / value / known - 1) < 0.015]
         if VAL_BYTES[0] - error <= value <= VAL_BYTES[1] + error:
