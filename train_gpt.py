@@ -1959,7 +1959,7 @@ def read_manifest(folder: Path) -> Manifest | None:
             tokenizer=os.fspath(tokenizer["path"]),  # TypeError for what is no text
             tokenizer_sha256=str(tokenizer.get("sha256")),
             tokens={name: int(entry["tokens"]) for name, entry in files.items()},
-            sha256={name: str(entry.get("sha256")) for name, entry in files.items()},
+            sha256={name: entry["sha256"] for name, entry in files.items() if isinstance(entry.get("sha256"), str)},
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise UserError(f"{path} is not a manifest of token shards ({error!r}): rebuild or remove it") from None
@@ -2004,19 +2004,30 @@ def tokenizer_sha256(path: str) -> str:
 
 
 def data_hashes(h: Hyperparameters) -> dict[str, str]:
-    """Return the SHA-256 of the tokenizer and, where the shards have a manifest, that of each split that is used: of
-    what `sha256sum *_val_*.bin` prints, by the manifest.
+    """Return the SHA-256 of the tokenizer, and of what `sha256sum *_val_*.bin` prints of the validation shards. That of
+    the training shards, which may be 16 GB, is by their manifest, if they have one.
 
-    Contents are not read here: apply_manifest has compared names and lengths, `data/verify.py` compares the rest.
+    Raise UserError for a validation shard that is not the manifest's.
     """
-    hashes = {"tokenizer_sha256": tokenizer_sha256(h.tokenizer_path)}
-    manifest = read_manifest(find_path(h.data_path, "DATA_PATH"))
-    for split in ("val",) if h.eval_only else ("train", "val"):
-        own = sorted(name for name in manifest.sha256 if f"_{split}_" in name) if manifest else []
-        if own and all(re.fullmatch("[0-9a-f]{64}", manifest.sha256[name]) for name in own):
-            listing = "".join(f"{manifest.sha256[name]}  {name}\n" for name in own)
-            hashes[f"{split}_sha256"] = hashlib.sha256(listing.encode()).hexdigest()
+    folder = find_path(h.data_path, "DATA_PATH")
+    manifest = read_manifest(folder)
+    listed = manifest.sha256 if manifest else {}
+    found = {}
+    for path in sorted(folder.glob("*_val_*.bin")):
+        found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        if listed.get(path.name, found[path.name]) != found[path.name]:
+            raise UserError(f"{path} is not the shard that manifest.json names: `python data/verify.py {folder}`")
+    hashes = {"tokenizer_sha256": tokenizer_sha256(h.tokenizer_path), "val_sha256": listing_sha256(found)}
+    train = {name: listed.get(name, "") for name in manifest.tokens if "_train_" in name} if manifest else {}
+    if train and not h.eval_only and all(re.fullmatch("[0-9a-f]{64}", sha256) for sha256 in train.values()):
+        hashes["train_sha256"] = listing_sha256(train)
     return hashes
+
+
+def listing_sha256(hashes: dict[str, str]) -> str:
+    """Return the SHA-256 of the lines that sha256sum prints for these files."""
+    lines = "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def load_shards(h: Hyperparameters, split: str) -> list[Shard]:

@@ -206,9 +206,9 @@ def card(*parts: str) -> str:
     return f'<div class="card">{"".join(parts)}</div>'
 
 
-def figure_html(picture: Picture) -> str:
+def figure_html(picture: Picture, has_legend: bool = True) -> str:
     """Returns the figure with its title, legend and caption."""
-    keys = () if picture.name in ("loss_tokens", "loss_seconds") else picture.legend  # as in loss_steps, before them
+    keys = picture.legend if has_legend else []
     legend = "".join(f"<li>{swatch(key)}{esc(shorten(key.label))}</li>" for key in keys)
     rest = f'<ul class="legend">{legend}</ul>' * bool(legend) + f"<figcaption>{picture.caption}</figcaption>"
     return f'<figure id="{picture.name}"><h3>{picture.title}</h3>{to_svg(picture)}{rest}</figure>'

@@ -94,7 +94,6 @@ def seed_groups(runs: list[Run]) -> list[list[Run]]:
 
 
 # =================================================== figures =========================================================
-# =================================================== figures =========================================================
 def draw_loss(runs: list[Run], unit: str) -> Picture:
     """Returns train loss, as lines, and validation loss, as dots, against steps, tokens or seconds."""
     height, everything, framed, told = 286, [], [], []
@@ -334,7 +333,9 @@ def notes_html(runs: list[Run]) -> str:
 
 def page_html(runs: list[Run], pictures: dict[str, Picture], now: str = "", style: str = "", script: str = "") -> str:
     """Returns the whole page; while runs are watched, with their state of now at its top, its style, and a script."""
-    alone, figures = runs[0].alone, {name: figure_html(picture) for name, picture in pictures.items()}
+    alone = runs[0].alone
+    told = ("loss_tokens", "loss_seconds")  # their legend is that of loss_steps, before them
+    figures = {name: figure_html(picture, has_legend=name not in told) for name, picture in pictures.items()}
     sections = {} if alone else {"Comparison": card(comparison_html(runs))}
     trained, stored = [run for run in runs if run.train], [run for run in runs if run.parts]
     scored, timed = [run for run in runs if run.ladder()], [run for run in runs if run.seconds()]

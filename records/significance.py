@@ -300,6 +300,13 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return {n: v for n, v in settings.items() if n not in own} if isinstance(settings, dict) else {}
 
 
+def text_of(path: str | Path) -> str | None:
+    """Returns the SHA-256 of the validation shards that a run or a submission names, None where it names none."""
+    path = Path(path)
+    data = load(path / "submission.json" if path.is_dir() else path).get("data")
+    return data.get("val_sha256") if isinstance(data, dict) else None
+
+
 def varied_settings(paths: Sequence[str | Path]) -> dict[str, list[str]]:
     """Returns name -> values of the settings in which these runs differ, as text."""
     known = [settings for settings in map(read_settings, paths) if settings]

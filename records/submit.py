@@ -125,30 +125,39 @@ def submission(material: Material, options: argparse.Namespace, record: bool) ->
     if material.unverified:
         content["not_verified"] = material.unverified
     if options.against:
-        content |= comparison(entries, options.against)
+        content |= comparison(material, options.against)
     return content
 
 
 def hardware(material: Material) -> str:
     """Returns what the runs were on, as records name it where it is the challenge's."""
     machines = [entry.machine for entry in material.entries]
-    if not any(machines):
-        return f"{material.processes or 'an unknown number of'} GPUs by the logs, of a kind that they do not name"
     if all(map(H100S.match, machines)):
         return "8xH100 80GB SXM"
-    return "; ".join(sorted({machine.partition(" dtype:")[0] for machine in machines}))
+    named = sorted({re.split(" dtype:| ?torch:", machine)[0] for machine in machines} - {""})
+    if material.is_own:
+        return "; ".join(named)
+    count = f"{material.processes} processes" if material.processes else "an unknown number of processes"
+    return f"{count}, {' and '.join(named) or 'on hardware that the logs do not name'}, by the logs"
 
 
 def version(entries: list[Entry], package: str) -> str:
     """Returns the version or versions of a package that the runs report."""
-    found = {m[1] for entry in entries if (m := re.search(rf" {package}:(\S+)", entry.machine))}
+    found = {m[1] for entry in entries if (m := re.search(rf"\b{package}:(\S+)", entry.machine))}
     return ", ".join(sorted(found)) or "unknown"
 
 
-def comparison(entries: list[Entry], against: list[str]) -> dict[str, Any]:
-    """Returns the keys on the difference to other runs or a published folder, with both of Welch's tests."""
+def comparison(material: Material, against: list[str]) -> dict[str, Any]:
+    """Returns the keys on the difference to other runs or a published folder, with both of Welch's tests; Refusal where
+    they are known to be of another text."""
+    entries, paths, text = material.entries, [Path(path) for path in against], material.data.get("val_sha256")
+    texts = {significance.text_of(path) for path in paths}
+    if text and texts - {None, text}:
+        raise Refusal(
+            f"--against {shlex.join(against)}: their validation text is another, so no difference can be told"
+        )
     own = [significance.Score(entry.seed, entry.val_bpb, entry.val_loss) for entry in entries]
-    found = significance.compare(own, significance.pool([Path(path) for path in against]))
+    found = significance.compare(own, significance.pool(paths))
     plain, margin = found["tests"]
     return {
         "comparison_baseline": " ".join(Path(path).name for path in against),
@@ -159,6 +168,7 @@ def comparison(entries: list[Entry], against: list[str]) -> dict[str, Any]:
         "p_value_with_margin": margin["p"], "margin_nats_per_token": margin["margin_nats_per_token"],
         "margin_bpb": margin["margin_bpb"],
         "significance_notes": [test["reason"] for test in found["tests"] if test["reason"]],
+        "same_text": True if text and texts == {text} else None,
     }  # fmt: skip
 
 
@@ -178,7 +188,7 @@ def readme(material: Material, content: dict[str, Any]) -> str:
     lines = [f"# {content['name']}", ""]
     lines += [f"**val_bpb: {content['val_bpb']:.6f}** (mean of {num}, {std}), {size}, {content['hardware']}", ""]
     if content.get("why_no_record"):
-        lines += ["**This is not a record:** " + "; ".join(content["why_no_record"]) + ".", ""]
+        lines += ["**This is not a record:** " + "; ".join(map(shown, content["why_no_record"])) + ".", ""]
     lines += [content["blurb"], ""] if content["blurb"] else []
     lines += table_of(material)
     if content["val_loss"] is not None:
@@ -198,7 +208,8 @@ def table_of(material: Material) -> list[str]:
         cells += [f"{entry.val_bpb:.6f}", show(material.total(entry), ","), show(entry.train_seconds, ".1f")]
         cells += [f"{show(entry.eval_seconds, '.1f')} ({show(entry.eval_seconds_strict, '.1f')})"]
         lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, "", "Strict seconds add reading the artifact and the preflight.", ""]
+    strict = any(entry.eval_seconds_strict is not None for entry in material.entries)
+    return [*lines, "", *(["Strict seconds add reading the artifact and the preflight.", ""] if strict else [])]
 
 
 def tests_of(content: dict[str, Any]) -> list[str]:
@@ -212,6 +223,11 @@ def tests_of(content: dict[str, Any]) -> list[str]:
         if p is not None:
             lines.append(f"Welch's test, one-sided, {name}: t = {t:.3f}, df = {df:.2f}, p = {p:.4g}.")
     lines += [f"No test: {reason}." for reason in content["significance_notes"]]
+    lines += (
+        []
+        if content["same_text"]
+        else ["", "That both are scores of one text is not known: the hash of one is missing."]
+    )
     return [*lines, ""]
 
 
@@ -223,10 +239,9 @@ def commands_of(material: Material) -> list[str]:
     skip += tuple(name for name in text if name.endswith("_path") and text[name][:1] == "/")
     given = " ".join(f"{name.upper()}={shlex.quote(value)}" for name, value in text.items() if name not in skip)
     start = f"torchrun --standalone --nproc_per_node={material.processes or 8} train_gpt.py"
-    lines = ["## Run it", "", "```bash"]
-    lines += ["pip install -r requirements.txt"] if material.requirements is not None else []
-    if not material.settings:
-        return [*lines, start, "```", "", f"Seeds {', '.join(seeds)}; other settings are those that the logs say.", ""]
+    if not material.is_own:
+        return ["## Run it", "", "The commands and their settings are in no file that this folder was made of.", ""]
+    lines = ["## Run it", "", "```bash", "pip install -r requirements.txt"]
     lines += [" ".join(filter(None, (f"SEED={seeds[0]}", given, start)))]
     lines += [f"# and the same with SEED={', SEED='.join(seeds[1:])}"] if seeds[1:] else []
     rest = "DATA_PATH and TOKENIZER_PATH, where they are not given, are looked for in the folders above this one, too."
@@ -236,12 +251,12 @@ def commands_of(material: Material) -> list[str]:
 def data_of(material: Material) -> list[str]:
     """Returns the section on the data, with the commands that give the same hashes."""
     commands = {
-        "tokenizer_sha256": "`sha256sum` of the tokenizer's model",
-        "train_sha256": "`sha256sum *_train_*.bin | sha256sum`, by the manifest",
-        "val_sha256": "`sha256sum *_val_*.bin | sha256sum`, by the manifest",
+        "tokenizer_sha256": "tokenizer, `sha256sum` of its model",
+        "val_sha256": "validation shards, `sha256sum *_val_*.bin | sha256sum` in their folder",
+        "train_sha256": "training shards, `sha256sum *_train_*.bin | sha256sum` by their manifest",
     }
-    rows = [f"| {words} | `{material.data[name]}` |" for name, words in commands.items() if name in material.data]
-    return ["## Data", "", "| of the shards, in their folder | SHA-256 |", "|---|---|", *rows, ""] if rows else []
+    items = [f"- `{material.data[name]}`: {words}" for name, words in commands.items() if name in material.data]
+    return ["## Data", "", "SHA-256 of the", "", *items, ""] if items else []
 
 
 def unverified_of(material: Material) -> list[str]:
@@ -249,7 +264,8 @@ def unverified_of(material: Material) -> list[str]:
     if not material.unverified:
         return []
     items = [f"- {shown(what)}" for what in material.unverified]
-    return ["## Not verified", "", "The figures above are those of the logs. Not verified:", "", *items, ""]
+    whose = "" if material.is_own else "All figures here are what the logs say. "
+    return ["## Not verified", "", f"{whose}Nobody has verified", "", *items, ""]
 
 
 def shown(text: str) -> str:
@@ -274,7 +290,8 @@ def proofs_of(material: Material) -> list[str]:
 
 def files_of(material: Material) -> list[str]:
     """Returns the section on the files, with what is counted."""
-    counted = f"- `train_gpt.py`, {len(material.script):,} bytes: the script that ran, and what is counted"
+    what = "the script that ran" if material.is_own else "the script that was given"
+    counted = f"- `train_gpt.py`, {len(material.script):,} bytes: {what}, and what is counted"
     if material.source is None:
         lines = [counted]
     else:
@@ -342,34 +359,52 @@ def write_folder(material: Material, options: argparse.Namespace) -> tuple[Path,
     part = temporary / folder.relative_to(options.out)  # the checker reads the track from the path
     part.mkdir(parents=True)
     try:
-        for name, data in contents(material, content).items():
-            (part / name).write_bytes(data)
-        _, findings = checker.audit(part)
-        told = {grade: [] for grade in ("reject", "warn", "note")}
-        for finding in findings:
-            told[finding.severity].append(f"{finding.rule} {finding.message} ({finding.file})")
-        refuse("records/check.py rejects the folder:", told["reject"])
+        doubts = write_checked(part, material, content)
+        if doubts and not material.is_own:  # they go into the folder
+            material.unverified += [f"records/check.py: {doubt}" for doubt in doubts]
+            content["not_verified"] = material.unverified
+            write_checked(part, material, content)
         part.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder, content, told["warn"]
+    return folder, content, doubts if material.is_own else []
+
+
+def write_checked(folder: Path, material: Material, content: dict[str, Any]) -> list[str]:
+    """Writes the files and returns what records/check.py warns of; Refusal where it rejects them."""
+    for name, data in contents(material, content).items():
+        (folder / name).write_bytes(data)
+    _, findings = checker.audit(folder)
+    told: dict[str, list[str]] = {grade: [] for grade in ("reject", "warn", "note")}
+    for finding in findings:
+        told[finding.severity].append(f"{finding.rule} {finding.message} ({finding.file})")
+    refuse("records/check.py rejects the folder:", told["reject"])
+    return told["warn"]
 
 
 def read_material(options: argparse.Namespace) -> Material:
     """Returns what the command line names: runs, or a script and logs."""
-    if options.runs and not options.script and not options.log:
+    scripts, logs = options.script or [], options.log or []
+    if options.runs and (scripts or logs):
+        raise Refusal("folders of runs and --script, --log do not go together: a submission is of one or the other")
+    if options.runs:
         return of_runs(options.runs)
-    if options.script and options.log and not options.runs:
-        return of_logs(options.script, options.log)
-    raise Refusal("give the folders of runs, or another author's --script FILE and --log FILE …")
+    if not scripts and not logs:
+        raise Refusal("give the folders of runs, or another author's --script FILE and --log FILE …")
+    if not scripts or not logs:
+        raise Refusal(f"--{'script' if logs else 'log'} is missing: another author's runs need both")
+    if len(scripts) > 1:
+        raise Refusal(f"--script is there {len(scripts)} times: a submission has one")
+    return of_logs(scripts[0], logs)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Writes a folder and says where it is and what it can be; exits with status 1 and the reasons if it cannot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished, audited runs, one a seed")
-    parser.add_argument("--script", type=Path, help="another author's script, as it is counted")
-    parser.add_argument("--log", nargs="+", type=Path, metavar="LOG", help="the logs of its runs, one a seed")
+    parser.add_argument("--script", type=Path, action="append", help="another author's script, as it is counted")
+    help_of_log = "the logs of its runs, one a seed"
+    parser.add_argument("--log", nargs="+", type=Path, action="extend", metavar="LOG", help=help_of_log)
     parser.add_argument("--name", required=True, help="of the submission")
     parser.add_argument("--github-id", required=True, help="the author's")
     parser.add_argument("--author", default="", help="default: the GitHub id")
@@ -381,13 +416,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "records", help=place)
     options = parser.parse_args(arguments)
     try:
-        if not is_date(options.date) or not 0 < len(slug(options.name)) <= 100:
+        is_name = options.name.isprintable() and 0 < len(slug(options.name)) <= 100
+        if not is_date(options.date) or not is_name:
             raise Refusal(f"--date {options.date} --name {options.name}: use YYYY-MM-DD and 1 to 100 letters or digits")
         folder, content, doubts = write_folder(read_material(options), options)
     except (ValueError, OSError) as error:  # Refusal, RunError, what significance.py cannot use, a full disk
         sys.exit(f"submit.py: error: {error}")
     size = show(content["bytes_total"], ",")
-    print(f"{folder}: {content['val_bpb']:.6f} bpb over {len(content['seeds'])} seeds, {size} bytes at most")
+    print(
+        f"{folder}: {content['val_bpb']:.6f} bpb, seeds {', '.join(map(str, content['seeds']))}, {size} bytes at most"
+    )
     for label, key in (("no record", "why_no_record"), ("not verified", "not_verified")):
         for reason in content.get(key, []):
             print(f"  {label}: {reason}")

@@ -333,12 +333,19 @@ def test_a_run_names_its_data_as_sha256sum_does(described: SimpleNamespace) -> N
         assert hashes[f"{split}_sha256"] == said.split()[0]
     assert hashes["tokenizer_sha256"] == hashlib.sha256(described.tokenizer.read_bytes()).hexdigest()
     assert t.data_hashes(described.settle(eval_only="final_model.bin")).keys() == {"tokenizer_sha256", "val_sha256"}
-    one = next(iter(described.manifest["files"].values()))
-    one["sha256"] = "../../x"  # no hash: the others of the split do not stand for all
+    train, val = (described.manifest["files"][f"demo_{split}_000000.bin"] for split in ("train", "val"))
+    train["sha256"] = "../../x"  # no hash: the others of the split do not stand for all
     described.path.write_text(json.dumps(described.manifest))
-    assert len(t.data_hashes(described.settle())) == 2
+    assert t.data_hashes(described.settle()).keys() == {"tokenizer_sha256", "val_sha256"}
+    val["sha256"] = "0" * 64
+    described.path.write_text(json.dumps(described.manifest))
+    with pytest.raises(
+        t.UserError, match=r"demo_val_000000.bin is not the shard that manifest.json names: `python data"
+    ):
+        t.data_hashes(described.settle())
     described.path.unlink()
-    assert t.data_hashes(described.settle(tokenizer_path=str(described.tokenizer))).keys() == {"tokenizer_sha256"}
+    hashes = t.data_hashes(described.settle(tokenizer_path=str(described.tokenizer)))
+    assert hashes.keys() == {"tokenizer_sha256", "val_sha256"}
 
 
 @pytest.mark.parametrize("kind", ["missing", "more", "shorter", "missing validation"])

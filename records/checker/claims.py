@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from scipy import stats
 
 from .folder import Folder, stated, states
-from .logs import Log, Score, matching
+from .logs import Log, ScoreLine, matching
 from .reading import MAX_README
 from .rules import Finding, further, rule
 from .seconds import check_eval_time, check_train_time
@@ -74,7 +74,7 @@ def claimed_seeds(folder: Folder) -> int:
     return max(1, len(folder.seeds), int(first(folder.submission, "n_seeds", "num_seeds") or 0), *counts)
 
 
-def found_logs(found: list[tuple[Log, Score]]) -> list[Log]:
+def found_logs(found: list[tuple[Log, ScoreLine]]) -> list[Log]:
     """Returns the logs of some results."""
     return [log for log, _ in found]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .logs import Log, Score, last_score, matching, parse_log, scoring_seconds, train_seconds
+from .logs import Log, ScoreLine, last_score, matching, parse_log, scoring_seconds, train_seconds
 from .reading import read_text
 from .rules import Finding
 from .scripts import Script, loaded_files, read_script
@@ -39,7 +39,7 @@ class Folder:
     audits: dict[str, Any] = field(default_factory=dict)  # our compliance_seed<N>.json
     findings: list[Finding] = field(default_factory=list)  # of reading
     elsewhere: list[Log] = field(default_factory=list)  # logs of subfolders, where the folder itself has logs
-    picked: dict[str, Score] = field(default_factory=dict)  # log -> the line that is its result, also of `elsewhere`
+    picked: dict[str, ScoreLine] = field(default_factory=dict)  # log -> the line of its result, also of `elsewhere`
     used: list[Log] = field(default_factory=list)  # logs that the headline rests on
 
     def grade(self, gravest: str) -> str:
@@ -50,7 +50,7 @@ class Folder:
         """Returns what submission.json says of a log's seed."""
         return self.seeds.get(log.seed, {}) if log.seed is not None else {}
 
-    def results(self) -> list[tuple[Log, Score]]:
+    def results(self) -> list[tuple[Log, ScoreLine]]:
         """Returns the logs that the headline rests on, each with the line that is its result."""
         return [(log, self.picked[log.name]) for log in self.used]
 
@@ -240,7 +240,7 @@ def drop_copies(folder: Folder) -> None:
     folder.logs = sorted(runs.values(), key=lambda log: log.name)
 
 
-def eval_seconds(folder: Folder, log: Log, score: Score) -> float | None:
+def eval_seconds(folder: Folder, log: Log, score: ScoreLine) -> float | None:
     """Returns the seconds of the evaluation of a result, by its log or else by submission.json."""
     own = scoring_seconds(log, score)
     return own if own is not None else seconds_of(folder.entry(log), "eval_time", "ttt_eval_time")

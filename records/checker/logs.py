@@ -31,6 +31,7 @@ FIELDS = [
     ("stop_s", rf"^trained:.*train_time:{DECIMAL}ms", 1e-3, "trained: steps:150 train_time:97105ms …"),
     ("step", rf"^(?:step:?\s?)?{COUNT}/\d+:? train_loss", 1, "500/20000 train_loss: 3.3 …"),
     ("val_step", rf"^(?:step:?\s?)?{COUNT}/\d+:? val_loss", 1, "4550/20000 val_loss: 2.8 val_bpb: 1.1"),
+    ("step_avg_ms", rf"\bstep_avg\s*[:=]\s*{DECIMAL}\s*ms", 1, "step:10/9000 … train_time:816ms step_avg:81.6ms"),
     ("stop_step", rf"\bstopping_early.{{0,200}}\bstep\s?[:=]\s?{COUNT}", 1, "stopping_early … step: 4550/20000"),
     ("stop_step", rf"^trained: steps:{COUNT}", 1, "trained: steps:150 train_time:97105ms …"),
     ("stop_step", rf"^Training complete in [\d.]+s \({COUNT} steps\)", 1, "Training complete in 590s (1857 steps)"),
@@ -58,7 +59,7 @@ FIELDS = [
     ("breaks", r"\bcompliant:0()\s*$", 1, "final_exact … total_bytes:1061031 compliant:0"),
 ]  # fmt: skip
 PATTERNS = [(name, re.compile(pattern), scale) for name, pattern, scale, _ in FIELDS]
-STEP_PATTERNS = [entry for entry in PATTERNS if entry[0] in ("train_s", "step", "val_step")]
+STEP_PATTERNS = [entry for entry in PATTERNS if entry[0] in ("train_s", "step", "val_step", "step_avg_ms")]
 LOSS = re.compile(r"\bval[_ ]loss\s*[:=]\s*(\d+\.\d+)", re.I)
 BPB = re.compile(r"\b(val[_ ]bpb|\w{0,40}mix_bpb|(?:EMA|Quantized) BPB \([^()]{1,20}\))\s*[:=]\s*\**(\d+\.\d+)", re.I)
 MIXTURE = re.compile(r"ppm|n_?gram|(?:^|_)mix(?:er|ture)?(?:_|\b)", re.I)  # of distributions over bytes
@@ -67,7 +68,7 @@ EVAL_TIME = re.compile(rf"\b(?:eval_)?time\s*[:=]\s*{DECIMAL}\s*(ms|s)\b")
 WORTH = re.compile(  # once training has begun, all other lines say nothing that is looked for
     r"bpb|val[_ ](?:tokens|loader)|complete in|seed|shards|stopping|trained:|train_time|\bt:\d|hessian|gptq|awq"
     r"|calibration|code|total|serialize|artifact|budget|compile|decompress|compliant|epoch|hyperparameters|running py"
-    r"|^run: ",
+    r"|^run: |^params:|^device:",
     re.I)  # fmt: skip
 # A log may begin with the script itself: its lines have quotes, comments, assignments.
 SOURCE = re.compile(r"""["#]|\(f?'|^\s*f?'|^\s*[\w.]+ = |^\s*(?:def|class|import|from|return|if|for)\b|:$""")
@@ -79,7 +80,8 @@ PROGRESS = re.compile(r"chunk|\[\d+/\d+\]|\bbatch\b|\bphase\b|progress|running|p
 UNQUANTIZED = re.compile(r"pre[-_ ]?quant|post[-_ ]?(?:ema|swa|train)|^EMA BPB|\braw\b|^averaged|unquantized", re.I)
 EPOCH = re.compile(  # a chunk that is named before the epoch is adapted to alone, as one after scoring it is
     r"\W{0,8}([\w-]{0,40}(?:ttt|adapt)[\w-]{0,40}?)[:\s_]{0,3}epoch\s?[:=]?\s?(\d{1,6})\s?/\s?\d", re.I)  # fmt: skip
-RESTART = re.compile(r"^(?:Running Py|Hyperparameters:|val_bpb:enabled|run: )")  # another run, appended to the same log
+# Another run, appended to the same log.
+RESTART = re.compile(r"^(?:Running Py|Hyperparameters:|val_bpb:enabled|run: |params:|device:)")
 DUMPED = re.compile(r"^\s{2,}(\w+)\s*:(?:\s(.*))?$")  # a line of the dump that "Hyperparameters:" begins
 PAIRS = re.compile(r"\w+[:=][^\s:=]+(?:\s+\w+[:=][^\s:=]+)*")  # embed_lr:0.035 …, also with =
 SETTING = re.compile(r"\b([A-Z][A-Z0-9_]+)=(\S*) \(")  # settings (defaults): NAME=value (default), …
@@ -88,7 +90,7 @@ MAX_PARSED = 2_000  # characters of a line that regular expressions see
 
 
 @dataclass
-class Score:
+class ScoreLine:
     """One line with a score: what stands before the numbers, the numbers, and their decimals as printed."""
 
     label: str
@@ -108,11 +110,13 @@ class Log:
 
     name: str
     values: dict[str, deque[tuple[float, int]]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=20)))
-    scores: list[Score] = field(default_factory=list)
+    scores: list[ScoreLine] = field(default_factory=list)
     config: dict[str, tuple[str, int]] = field(default_factory=dict)
     dumped: bool = False  # the settings are a complete dump
     seed: int | None = None
     epochs: list[tuple[int, str, int]] = field(default_factory=list)  # of adaptation: line, name, number
+    num_before: int = 0  # runs that stand before this one in the file
+    seeds: set[int] = field(default_factory=set)  # that the file speaks of
 
     def get(self, name: str) -> float | None:
         """Returns the last value of a field, None where the log has none."""
@@ -122,7 +126,7 @@ class Log:
         """Returns the place of the first of some fields that the log has."""
         return self.name, next((self.values[name][-1][1] for name in names if self.values.get(name)), 0)
 
-    def finals(self) -> list[Score]:
+    def finals(self) -> list[ScoreLine]:
         """Returns the scores of the stored model, in order."""
         return [score for score in self.scores if score.kind == "final"]
 
@@ -142,13 +146,14 @@ def parse_log(path: Path) -> Log:
             line = STAMP.sub("", line.rstrip())
             training |= bool(STEP.match(line))
             if RESTART.match(line) and log.finals():
-                log, training = Log(path.name), False
+                log, training = Log(path.name, num_before=log.num_before + 1, seeds=seeds_of(log)), False
             if line == "Hyperparameters:":
                 in_dump = log.dumped = True
             elif in_dump := in_dump and bool(pair := DUMPED.match(line)):
                 log.config[pair[1].lower()] = (pair[2] or "").strip(), count
             if in_dump or not SOURCE.search(line):
                 parse_line(log, line, count, not training)
+    log.seeds = seeds_of(log)
     patterns = (r"seed[_-]?(\d{1,9})", r"(?:_s|log|train|run)[_-]?(\d{1,9})$", r"_(\d{1,9})$")
     named = next((match for pattern in patterns if (match := re.search(pattern, path.stem, re.I))), None)
     stated = log.get("seed") if log.get("seed") is not None else number(log.config.get("seed", ("", 0))[0])
@@ -157,6 +162,12 @@ def parse_log(path: Path) -> Log:
     if stated is not None and own not in (None, log.seed):
         log.values["seed_of_name"].append((float(own or 0), log.at("seed")[1]))
     return log
+
+
+def seeds_of(log: Log) -> set[int]:
+    """Returns the seeds that a log, and the runs before it, speak of."""
+    dumped = number(log.config.get("seed", ("", 0))[0])
+    return log.seeds | {int(seed) for seed, _ in log.values.get("seed", ())} | ({int(dumped)} if dumped else set())
 
 
 def parse_line(log: Log, line: str, count: int, header: bool) -> None:
@@ -180,7 +191,7 @@ def parse_line(log: Log, line: str, count: int, header: bool) -> None:
         took, mixed = EVAL_TIME.search(line), MIXED_BYTES.search(line)
         seconds = (float(took[1]) * (1e-3 if took[2] == "ms" else 1) if took else 0.0) or None  # 0ms was not measured
         value, num_bytes = float(loss[1]) if loss else None, float(mixed[1]) if mixed else None
-        log.scores.append(Score(label[-80:], float(bpb[2]), value, digits, count, kind, seconds, "", num_bytes))
+        log.scores.append(ScoreLine(label[-80:], float(bpb[2]), value, digits, count, kind, seconds, "", num_bytes))
     elif header and PAIRS.fullmatch(line):
         pairs = (re.split("[:=]", pair, maxsplit=1) for pair in line.split())
         log.config.update({key.lower(): (value, count) for key, value in pairs})
@@ -188,7 +199,7 @@ def parse_line(log: Log, line: str, count: int, header: bool) -> None:
         log.config.update({key.lower(): (value, count) for key, value in SETTING.findall(settings)})
 
 
-def matching(log: Log, claimed: float | None) -> Score | None:
+def matching(log: Log, claimed: float | None) -> ScoreLine | None:
     """Returns the line of a log that prints the claimed score: of the stored model first, then any other."""
     if claimed is None:
         return None
@@ -197,7 +208,7 @@ def matching(log: Log, claimed: float | None) -> Score | None:
     return max(near, key=lambda s: (rank[s.kind], s.loss is not None, min(s.digits[0], 6), s.line), default=None)
 
 
-def last_score(log: Log) -> Score | None:
+def last_score(log: Log) -> ScoreLine | None:
     """Returns the last score of the stored model with six decimals, else its last one."""
     finals = [score for score in log.finals() if score.loss is not None] or log.finals()
     return ([score for score in finals if score.digits[0] >= 6] or finals or [None])[-1]
@@ -221,11 +232,17 @@ def train_seconds(log: Log) -> float | None:
 
 
 def train_steps(log: Log) -> float | None:
-    """Returns the steps of training: the stop's, else those of the last validation. Lines of losses come seldom."""
-    return log.get("stop_step") or log.get("val_step")
+    """Returns the steps of training: the stop's, else the last ones of which a loss was logged."""
+    logged = [value for name in ("step", "val_step") if (value := log.get(name)) is not None]
+    return log.get("stop_step") or max(logged, default=None)
 
 
-def scoring_seconds(log: Log, score: Score) -> float | None:
+def calibration_seconds(log: Log) -> float | None:
+    """Returns the seconds of calibrations on training data, None where the log has none."""
+    return max((seconds for seconds, _ in log.values.get("calibration_s", ())), default=None)
+
+
+def scoring_seconds(log: Log, score: ScoreLine) -> float | None:
     """Returns the seconds of the evaluation of a result: on its line, on the same score's above, of the whole."""
     timed = [s for s in log.scores if s.seconds is not None and s.line <= score.line and s.file == score.file]
     same = [s.seconds for s in (*timed, score) if s.seconds is not None and abs(s.bpb - score.bpb) < 6e-5]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from challenge import VAL_BYTES
 
 from .folder import Folder
-from .logs import MIXTURE, Log, Score
+from .logs import MIXTURE, Log, ScoreLine
 from .rules import Finding, rule
 from .scripts import name_of
 
@@ -19,7 +19,7 @@ TOKENS_PER_BYTE = {"sp1024": 0.41052, "sp4096": 0.30125, "sp8192": 0.26834, "Cas
 LEAK_SHARDS = 1499
 
 
-def implied_bytes(log: Log, score: Score) -> tuple[float | None, float]:
+def implied_bytes(log: Log, score: ScoreLine) -> tuple[float | None, float]:
     """Returns the bytes of text that a result is of, and how much its rounding hides; None where the log lacks its
     number of tokens or its loss."""
     tokens = log.get("val_tokens")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from .folder import Folder
-from .logs import Log, Score
+from .logs import Log, ScoreLine
 from .rules import Finding, rule
 from .scripts import name_of
 
@@ -114,7 +114,7 @@ def check_order(folder: Folder) -> Iterator[Finding]:
             yield Finding("L1", folder.grade("reject") if ran else "warn", message, *place)
 
 
-def adapted_first(log: Log, score: Score) -> bool:
+def adapted_first(log: Log, score: ScoreLine) -> bool:
     """Returns whether a log has epochs of adaptation before its result, two at least, with no score but their own among
     them. Epochs that begin anew are those of a chunk each, which may have been scored before."""
     for name in {name for _, name, _ in log.epochs}:

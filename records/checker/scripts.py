@@ -20,6 +20,8 @@ from .reading import read_text
 
 MAX_SOURCE = 1_000_000  # bytes of an unpacked script
 TEXT_CODES = {code.__name__: code for code in (base64.b85decode, base64.a85decode, base64.b64decode, base64.b32decode)}
+MOST_LAYERS = 3  # of packing
+NO_PYTHON = re.compile(rb"^\s*#include\b|\b__global__\b", re.M)
 LOADERS = re.compile(
     r"exec|eval|run_path|run_module|import_module|__import__|spec_from_file_location|SourceFileLoader|CDLL|load_library"
     r"|load|load_inline")  # fmt: skip
@@ -39,6 +41,7 @@ class Script:
     error: tuple[str, int] | None = None  # why it does not parse, and where
     packed: str = ""  # how it was packed
     problem: str = ""  # why it could not be unpacked
+    content: bytes = b""  # of the source, as it was packed
     hashes: set[str] = field(default_factory=set)  # SHA-256 of the file and of what is packed in it
     mechanisms: list[Any] | None = None  # that were recognized in it, once it was looked through
     unseen: list[str] = field(default_factory=list)  # functions that could not be
@@ -53,17 +56,22 @@ def read_script(path: Path) -> Script:
     script = Script(path.name, path.stat().st_size, read_text(path, MAX_SOURCE))
     script.hashes.add(hashlib.sha256(path.read_bytes() if script.size < MAX_SOURCE else b"").hexdigest())
     parse_script(script)
-    for _ in range(3):
+    for _ in range(MOST_LAYERS):
         payload = longest_constant(script)
         if payload is None:
-            break
-        unpacked, how = unpack(payload, script.source)
-        if not unpacked:
+            return script
+        content, how = unpack(payload, script.source)
+        if not content:
             script.problem = how
-            break
-        script.source, script.packed = unpacked, f"{script.packed} > {how}".strip(" >")
-        script.hashes.add(hashlib.sha256(unpacked.encode()).hexdigest())
+            return script
+        if NO_PYTHON.search(content):  # a kernel, which the script compiles
+            return script
+        script.content, script.source = content, content.decode("utf-8", "replace")
+        script.packed = f"{script.packed} > {how}".strip(" >")
+        script.hashes.add(hashlib.sha256(content).hexdigest())
         parse_script(script)
+    if longest_constant(script) is not None:
+        script.problem = f"it is packed more than {MOST_LAYERS} times"
     return script
 
 
@@ -92,7 +100,7 @@ def longest_constant(script: Script) -> bytes | str | None:
     return longest if len(longest) > max(200, 0.2 * len(script.source)) else None
 
 
-def unpack(payload: bytes | str, wrapper: str) -> tuple[str, str]:
+def unpack(payload: bytes | str, wrapper: str) -> tuple[bytes, str]:
     """Returns the source in a payload and how it was packed; no source, and why, where no known way leads to one."""
     data = payload.encode("utf-8", "surrogatepass") if isinstance(payload, str) else payload
     candidates = [("bytes", data)] if isinstance(payload, bytes) else []
@@ -104,13 +112,13 @@ def unpack(payload: bytes | str, wrapper: str) -> tuple[str, str]:
                 continue
     for (name, packed), (codec, decompress) in itertools.product(candidates, DECOMPRESSORS.items()):
         if len(content := decompress(packed)) >= MAX_SOURCE:
-            return "", f"it holds more than {MAX_SOURCE:,} bytes of source"
+            return b"", f"it holds more than {MAX_SOURCE:,} bytes of source"
         text = content.decode("utf-8", "replace")
         if len(text) > 20 and "\0" not in text[:1000] and text.count("\ufffd") < 10:
-            return text, f"{codec}, {name}"
+            return content, f"{codec}, {name}"
     if "brotli" in wrapper and not brotli_module():
-        return "", "it is packed with brotli, and the package `brotli` is not installed here (pip install brotli)"
-    return "", "it is packed in a way that is not known here: ship the readable source beside it"
+        return b"", "it is packed with brotli, and the package `brotli` is not installed here (pip install brotli)"
+    return b"", "it is packed in a way that is not known here: ship the readable source beside it"
 
 
 def unlzma(data: bytes) -> bytes:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from challenge import TIME_LIMIT
 
 from .folder import Folder, eval_seconds
-from .logs import Log, train_seconds
+from .logs import Log, calibration_seconds, train_seconds
 from .rules import Finding, further, rule
 from .submission import first, number, seconds_of, walk
 
@@ -24,8 +24,7 @@ def check_train_time(folder: Folder) -> Iterator[Finding]:
         train, place = train_seconds(log), log.at("stop_s", "train_s")
         if train is None:
             train, place = seconds_of(folder.entry(log), "train_wallclock", "train_time"), (folder.json_name, 0)
-        calibration = max((s for s, _ in log.values.get("calibration_s", ())), default=0.0)
-        calibration = calibration or seconds_of(folder.entry(log), "calib_time", "gptq_time") or 0.0
+        calibration = calibration_seconds(log) or seconds_of(folder.entry(log), "calib_time", "gptq_time") or 0.0
         if train is None:
             yield Finding("T2", "note", "milliseconds of training: not found in the log", log.name)
             continue
