@@ -930,6 +930,22 @@ def test_a_call_to_a_helper_excuses_only_what_is_in_the_same_loop_over_chunks(fo
         assert grades(folder({"train_gpt.py": SCRIPT + code}, name=f"2026-04-1{number}_A"), "L1") == {"warn"}
 
 
+def test_a_score_inside_of_epochs_over_the_whole_text_excuses_nothing(folder):
+    shown = """
+def adapt(model, val_tokens, optimizer, ttt_epochs):
+    for epoch in range(ttt_epochs):
+        with torch.no_grad():
+            shown = model(val_tokens)
+        model(val_tokens).backward()
+        optimizer.step()
+"""
+    chunks = shown.replace("    for epoch", "    for chunk in val_tokens:\n     for epoch").replace(
+        "model(val", "model(chunk or val"
+    )
+    assert grades(folder({"train_gpt.py": SCRIPT + shown}), "L1") == {"warn"}
+    assert grades(folder({"train_gpt.py": SCRIPT + chunks}, name="2026-04-10_Chunks"), "L1") == set()
+
+
 def test_long_lines_and_many_functions_take_no_time(folder):
     lines = [f"{word} " * (20_000 // len(word)) for word in ("gptq ttt epoch 1/2", "collected hessian in", "gptq done")]
     many = "".join(f"def f{i}(val_tokens):\n    for epoch in range(3):\n        x.backward()\n" for i in range(800))

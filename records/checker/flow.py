@@ -23,6 +23,7 @@ DISTRIBUTIONS = {"softmax", "log_softmax"}
 LOOKUPS = {"take", "index_select", "get", "take_along_axis"}
 COUNTS = {"update", "scatter_add_", "index_add_", "index_put_", "put", "at"}
 UPDATES = {*COUNTS, "add_", "append", "extend"}
+MIXERS = {"bitwise_xor", "bitwise_left_shift", "mul", "multiply"}  # as the operators ^, << and *
 CUTS = {"remainder", "fmod", "bitwise_and"}  # as the operators % and &
 FORMS = {"to", "view", "reshape", "expand", "permute", "transpose", "flatten", "type", "astype", "cuda", "squeeze"}
 FORMS |= {"unsqueeze", "sum", "mean", "clamp", "clip"}  # whose arguments are sizes, devices, bounds
@@ -33,7 +34,7 @@ SAME_VALUE = {  # which give a value in another form, and compute no new one fro
     "clamp", "clip", "exp", "log", "log2", "neg", "abs", "mul", "div", "sub", "add", "max", "min", "tensor", "array",
     "asarray", "as_tensor", "from_numpy", "stack", "cat", "concatenate", "list", "tuple", "enumerate", "zip", "astype",
     "minimum", "maximum", "where", "logaddexp", "reversed", "sorted", "type", "pin_memory", "amin", "remainder", "fmod",
-    "bitwise_and",
+    "bitwise_and", "requires_grad_", "detach_", "clamp_",
 }  # fmt: skip
 WEIGHTS = "weights"  # stands for all that a backward pass changes
 # What is followed at most; a function that is larger is said not to have been looked through.
@@ -106,7 +107,8 @@ class Value:
     is_distribution: bool = False
     is_mixed: bool = False  # integers multiplied or combined by exclusive or
     is_hashed: bool = False  # and cut to the size of a table
-    lookups: frozenset[frozenset[Path]] = frozenset()  # by hashed keys: what each key is made of
+    keys: frozenset[frozenset[Path]] = frozenset()  # what each hashed key in it is made of
+    lookups: frozenset[frozenset[Path]] = frozenset()  # and each by which something in it was looked up
     is_mixture: bool = False  # a sum of products of probabilities
 
 
@@ -122,6 +124,7 @@ def union(*values: Value) -> Value:
     if len(values) == 1:
         return values[0]
     data = limited(frozenset().union(*(value.data for value in values)))
+    keys = frozenset().union(*(value.keys for value in values))
     lookups = frozenset().union(*(value.lookups for value in values))
     flags = {name: any(getattr(value, name) for value in values) for name in FLAGS}
     return Value(
@@ -130,9 +133,21 @@ def union(*values: Value) -> Value:
         loops=frozenset().union(*(value.loops for value in values)),
         made_in=frozenset().union(*(value.made_in for value in values)),
         time=max((value.time for value in values), default=0),
+        keys=keys if len(keys) <= MAX_PATHS else frozenset(),
         lookups=lookups if len(lookups) <= MAX_PATHS else frozenset(),
         **flags,
     )
+
+
+def hashed(value: Value) -> Value:
+    """Return a value that was cut to the size of a table."""
+    return replace(value, is_mixed=True, is_hashed=True, keys=frozenset({value.data}))
+
+
+def are_nested(keys: frozenset[frozenset[Path]]) -> bool:
+    """Whether one hashed key is made of what another is, and of more; of all pieces of the vocabulary is none."""
+    some = [key for key in keys if not any(path.root == "arange()" for path in key)]
+    return any(one < other for one in some for other in some)
 
 
 FLAGS = [name for name in Value.__dataclass_fields__ if name.startswith("is_")]
@@ -184,6 +199,8 @@ class Summary:
     is_mixed: bool = False  # what it returns
     is_hashed: bool = False
     is_each: bool = False
+    keys: frozenset[frozenset[Path]] = frozenset()  # hashed keys that it returns, where one is a part of another
+    lookups: frozenset[frozenset[Path]] = frozenset()  # of what it returns
 
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -205,11 +222,14 @@ class TooLarge(Exception):
 class Flow:
     """Walks through a function once, in the order of its statements, and collects events and remarkable expressions."""
 
-    def __init__(self, function: Function, known: dict[str, Summary], modules: set[str], criteria: set[str]):
+    def __init__(
+        self, function: Function, known: dict[str, Summary], modules: set[str], criteria: set[str], makers: set[str]
+    ):
         self.function = function
         self.known = known  # functions of the script
         self.modules = modules  # names that are imported
         self.criteria = criteria  # names of what computes losses
+        self.makers = makers  # names of what makes parameters or models, which are no tokens
         self.values: dict[str, Value] = {}
         self.events: list[Event] = []
         self.loops: list[Loop] = []  # around the present statement
@@ -313,7 +333,9 @@ class Flow:
         elif call.rpartition(".")[2] in ("range", "arange", "count"):
             self.assign(target, counter, loop.node)
         else:
-            items = frozenset(path.at("*", counter.loops) for path in source.data)
+            is_new = call.rpartition(".")[2] in self.makers  # a loader of the script: its items are tokens
+            data = source.data or frozenset({Path(f"{call}() in line {loop.node.lineno}")} if is_new else ())
+            items = frozenset(path.at("*", counter.loops) for path in data)
             self.assign(target, replace(source, data=items, loops=source.loops | counter.loops), loop.node)
 
     def visit_branch(self, node: ast.If) -> None:
@@ -370,6 +392,8 @@ class Flow:
         is_mixed = together.is_mixed or isinstance(node.op, (ast.Mult, ast.BitXor, ast.LShift))
         is_hashed = together.is_hashed or (is_mixed and isinstance(node.op, (ast.Mod, ast.BitAnd)))
         self.values[name] = replace(together, is_mixed=is_mixed, is_hashed=is_hashed)
+        if is_mixed and isinstance(node.op, (ast.Mod, ast.BitAnd)):
+            self.values[name] = hashed(together)
 
     # ---------------------------------------------------------------- events
     def note(self, kind: str, value: Value, node: ast.AST, objects: frozenset[str], name: str = "") -> None:
@@ -455,11 +479,12 @@ class Flow:
             self.targets |= key.data
         lookups = table.lookups | key.lookups
         if key.is_hashed:
-            lookups |= {key.data}
+            lookups |= {key.data} | (key.keys if are_nested(key.keys) else frozenset())
             if self.holds_target(key):
                 self.remarks.append(("key", node.lineno))
+        chosen = frozenset(path for path in key.data if path.root != "arange()")  # positions are no content
         return Value(
-            data=limited(table.data | key.data),
+            data=limited(table.data | chosen),
             objects=table.objects | key.objects,
             loops=table.loops | key.loops,
             made_in=table.made_in,
@@ -468,6 +493,9 @@ class Flow:
             is_loss=table.is_loss or table.is_distribution,
             is_each=table.is_each or table.is_distribution,
             is_collected=table.is_collected,
+            is_mixed=table.is_mixed,
+            is_hashed=table.is_hashed,
+            keys=table.keys,
             lookups=lookups,
         )
 
@@ -478,12 +506,14 @@ class Flow:
         if isinstance(node.op, (ast.Mult, ast.BitXor, ast.LShift)):
             return replace(together, is_mixed=True)
         if isinstance(node.op, (ast.Mod, ast.BitAnd)) and left.is_mixed:
-            return replace(together, is_hashed=True)
+            return hashed(together)
         if isinstance(node.op, ast.Div) and self.is_ratio(left, right):
             self.remarks.append(("key", node.lineno))
         if isinstance(node.op, ast.Add):
             has_products = is_product(node.left) and is_product(node.right)
-            return replace(together, is_mixture=together.is_mixture or (together.is_loss and has_products))
+            if together.is_loss and has_products:  # a new loss, whatever was noted of its parts
+                made_in = frozenset() if together.is_collected else together.made_in  # of each round, not the last
+                return replace(together, is_mixture=True, is_collected=False, made_in=made_in)
         return together
 
     def is_ratio(self, numerator: Value, denominator: Value) -> bool:
@@ -533,8 +563,10 @@ class Flow:
             return replace(self.made_now(together), is_loss=True, is_each=is_each)
         if last in DISTRIBUTIONS:
             return replace(self.made_now(together), is_distribution=True)
-        if last == "hash" or (last in CUTS and together.is_mixed):
-            return replace(together, is_mixed=True, is_hashed=True)
+        if last == "hash" or (last.rstrip("_") in CUTS and together.is_mixed):
+            return self.kept(node, last, hashed(together))
+        if last.rstrip("_") in MIXERS:
+            return self.kept(node, last, replace(together, is_mixed=True))
         if last == "gather" or last in LOOKUPS:
             if receiver.data or receiver.objects:
                 return self.look_up(receiver, union(*arguments), node)
@@ -549,6 +581,15 @@ class Flow:
             value = receiver if last in FORMS and receiver.data else together
             return replace(value, is_each=value.is_each and last not in ("sum", "mean", "item"))
         return self.computed(node, name, together)
+
+    def kept(self, node: ast.Call, last: str, value: Value) -> Value:
+        """Return the result of a call, and keep it where the call works in place: key.bitwise_xor_(piece)."""
+        if last.endswith("_") and isinstance(node.func, ast.Attribute):
+            owner = node.func.value
+            name = name_of(owner.value if isinstance(owner, ast.Subscript) else owner)
+            if name:
+                self.values[name] = union(self.values.get(name, Value()), value)
+        return value
 
     def is_known(self, function: ast.expr, last: str) -> bool:
         """Whether a call is one of the script's functions: methods are called on something, others are not."""
@@ -571,7 +612,8 @@ class Flow:
         for part in node.args:
             self.inputs |= {n.id for n in ast.walk(part) if isinstance(n, ast.Name)}
         data = together.data
-        if name and not any(path.is_part() for path in data):  # each call gives something new
+        is_maker = name.rpartition(".")[2] in self.makers
+        if name and not is_maker and not any(path.is_part() for path in data):  # each call gives something new
             data |= {Path(f"{name}() in line {node.lineno}").at("*", frozenset(loop.number for loop in self.loops))}
         objects = together.objects | ({name} if name else set())
         return replace(self.made_now(together), data=data, objects=objects, is_computed=True, is_distribution=False)
@@ -600,7 +642,10 @@ class Flow:
             return replace(result, is_loss=True, is_each=summary.is_each)
         is_mixed = everything.is_mixed or summary.is_mixed
         is_hashed = (everything.is_hashed or summary.is_hashed) and is_mixed
-        return replace(result, data=everything.data, is_mixed=is_mixed, is_hashed=is_hashed)
+        result = replace(result, data=everything.data, loops=everything.loops, is_mixed=is_mixed, is_hashed=is_hashed)
+        if any(path.root == "arange()" for path in everything.data):
+            return result
+        return replace(result, keys=summary.keys, lookups=summary.lookups)
 
     def note_known(
         self, node: ast.Call, name: str, summary: Summary, data: Value, changed: set[str], objects: frozenset[str]
@@ -624,6 +669,8 @@ class Flow:
         if last in ACCUMULATORS and self.note_score(value, name, node):
             self.values[name] = union(self.values.get(name, Value()), replace(value, is_collected=True))
             return
+        if last in ACCUMULATORS and last != "add_" and name:
+            self.values[name] = union(self.values.get(name, Value()), value)
         objects = frozenset({name})
         if last == "at" and node.args:  # numpy.add.at(table, keys, values)
             objects = frozenset({name_of(node.args[0])})
@@ -667,6 +714,7 @@ class Flow:
         own = {name for name in updated if name in self.parameters and name in scored or name.startswith("self.")}
         updated_data = {path.root for event in changes for path in event.data if event.objects & own}
         first_score = min((event.time for event in scores), default=self.time + 1)
+        together = union(*self.returned)
         return Summary(
             self.parameters, bool(trains), bool(scores),
             bool(trains) and min(event.time for event in trains) < first_score,
@@ -674,6 +722,8 @@ class Flow:
             any(value.is_mixed for value in self.returned),
             any(value.is_hashed for value in self.returned) or self.returns_cut(),
             any(value.is_each for value in self.returned),
+            together.keys if are_nested(together.keys) else frozenset(),
+            together.lookups if are_nested(together.lookups) else frozenset(),
         )  # fmt: skip
 
     def returns_cut(self) -> bool:
@@ -723,13 +773,16 @@ def flows_of(tree: ast.Module) -> Iterator[Flow]:
         made = node.value if isinstance(node, ast.Assign) else None
         if isinstance(made, ast.Call) and name_of(made.func).rpartition(".")[2] in CRITERIA:
             criteria |= {name_of(target).rpartition(".")[2] for target in node.targets}
+    makers = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)} | {"Parameter"}
     known = {function.name: Summary([]) for function in functions[:-1]}
     for function in functions[:-1]:
         known[function.name].parameters = [argument.arg for argument in function.args.args]
-    flows = [Flow(function, known, modules, criteria) for function in functions]
+    flows = [Flow(function, known, modules, criteria, makers) for function in functions]
     for _ in range(2):  # calls of calls: three levels of them
         now = {flow.function.name: flow.summary() for flow in flows[:-1]}
         changed = {name for name, summary in now.items() if summary != known[name]}
         known = now
-        flows = [Flow(flow.function, known, modules, criteria) if flow.called & changed else flow for flow in flows]
+        for index, flow in enumerate(flows):
+            if flow.called & changed:
+                flows[index] = Flow(flow.function, known, modules, criteria, makers)
     yield from flows

@@ -13,7 +13,7 @@ from challenge import ACCEPTED, Accepted
 from .flow import WEIGHTS, Event, Flow, KnownCall, Loop, flows_of, overlap
 from .folder import Folder
 from .rules import Finding, rule
-from .scripts import Script
+from .scripts import Script, name_of
 from .submission import bpb_of
 
 
@@ -141,7 +141,11 @@ def later_sweep(update: Event, score: Event, loops: dict[int, Loop]) -> int:
         return 0
     first, second = firsts[0], seconds[0]
     is_later = second.node.lineno > (first.node.end_lineno or 0)
-    return second.node.lineno if is_later and first.covers() == second.covers() != "" else 0
+    is_same = first.covers() == second.covers() != ""
+    if any(first.number in path.loops() for path in second.over.data):  # it runs over what the first one kept
+        is_read = bool(update.objects & score.objects - second.over.objects)  # and reads what has changed since
+        is_same = is_read or (WEIGHTS in update.objects and second.number in score.made_in)
+    return second.node.lineno if is_later and is_same else 0
 
 
 def repeated_sweep(flow: Flow, update: Event, score: Event, loops: dict[int, Loop]) -> int:
@@ -151,11 +155,21 @@ def repeated_sweep(flow: Flow, update: Event, score: Event, loops: dict[int, Loo
         inner = score.loops[score.loops.index(number) + 1]
         if inner not in update.loops or any(number in path.loops() for path in score.data):
             continue
-        begun = [node for node in passes.node.body if isinstance(node, (ast.Assign, ast.AnnAssign))]
-        names = {part.id for node in begun for part in ast.walk(node) if isinstance(part, ast.Name)}
-        if score.name in names and is_read_after(flow.function, score.name, passes.node.end_lineno or 0):
+        is_begun = score.name in begun_in(passes.node, loops[inner].node)
+        if is_begun and is_read_after(flow.function, score.name, passes.node.end_lineno or 0):
             return passes.node.lineno
     return 0
+
+
+def begun_in(passes: ast.AST, inner: ast.AST) -> set[str]:
+    """Return the variables that are set, or filled in place, in each round of a loop, but not in the loop inside it."""
+    parts = set(ast.walk(passes)) - set(ast.walk(inner))
+    begun = {target for node in parts if isinstance(node, ast.Assign) for target in node.targets}
+    begun |= {part for node in begun if isinstance(node, ast.Tuple) for part in node.elts}
+    begun |= {node.target for node in parts if isinstance(node, ast.AnnAssign)}
+    calls = [node.func for node in parts if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    begun |= {function.value for function in calls if function.attr in ("zero_", "fill_", "copy_")}
+    return {name_of(node.value if isinstance(node, ast.Subscript) else node) for node in begun}
 
 
 def is_read_after(function: ast.AST, name: str, line: int) -> bool:

@@ -50,8 +50,9 @@ def scoring_helpers(functions: list[ast.FunctionDef]) -> set[str]:
 
 
 def scorings(function: ast.FunctionDef, helpers: set[str]) -> list[tuple[int, int, int]]:
-    """Returns where a function scores, and the lines that this may excuse: of a block under no_grad the whole function,
-    of a call to a helper the loop around it, which is none over epochs: that of chunks."""
+    """Returns where a function scores, and the lines that this may excuse. A block under no_grad excuses the whole
+    function, unless it stands in a loop over epochs that no loop over chunks is around; a call to a helper excuses the
+    loop around it, which is none over epochs."""
     inside = list(ast.walk(function))
     blocks = [node.lineno for node in inside if is_scoring(node)]
     calls = [node for node in inside if isinstance(node, ast.Call)]
@@ -61,6 +62,9 @@ def scorings(function: ast.FunctionDef, helpers: set[str]) -> list[tuple[int, in
     spans = [(loop.lineno, loop.end_lineno or 0) for loop, over in loops if not over]
     spans = [(a, b) for a, b in spans if not any(start <= a and b <= end for start, end in epochs)]
     found = [(line, a, b) for line in sorted(lines)[:30] for a, b in spans if a <= line <= b]
+    # Over the whole text again and again: what such a loop scores comes after its first steps.
+    whole = [(a, b) for a, b in epochs if not any(start <= a and b <= end for start, end in spans)]
+    blocks = [line for line in blocks if not any(a <= line <= b for a, b in whole)]
     return [(line, 0, sys.maxsize) for line in sorted(blocks)[:1]] + found
 
 
