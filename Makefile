@@ -117,7 +117,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 test: .venv/test ## run all tests: no network, no GPU
 	$(PYTEST) -m "not faults and not fuzz"
 
-faults: .venv/test ## kill runs at random, cut off hosts, and compare what comes out: about 15 minutes on 2 cores
+faults: .venv/test ## kill runs and data tools at random, cut off hosts, and compare what comes out: about 20 minutes on 2 cores
 	$(BIN)/python -m pytest -rP $(FAULTS) tests/test_faults.py tests/test_data_kills.py
 
 fuzz: .venv/test ## attack every reader with 100,000 hostile files: make fuzz, or make fuzz INPUTS=20000 SEED=5
