@@ -138,7 +138,7 @@ def hardware(material: Material) -> str:
     if material.is_own:
         return "; ".join(named)
     count = f"{material.processes} processes" if material.processes else "an unknown number of processes"
-    return f"{count}, {' and '.join(named) or 'on hardware that the logs do not name'}, by the logs"
+    return f"by the logs {count} on {' and '.join(named).replace('device:', '') or 'hardware that they do not name'}"
 
 
 def version(entries: list[Entry], package: str) -> str:

@@ -301,8 +301,7 @@ def test_another_authors_script_and_logs_become_a_folder_with_their_figures_and_
     assert result["calib_time_s"] == 11.3 and result["eval_time_strict_s"] is None
     assert content["compliance"]["artifact_under_16mb"] is True and content["compliance"]["score_first_ttt"] is None
     assert (
-        content["data"] is None
-        and content["hardware"] == "8 processes, on hardware that the logs do not name, by the logs"
+        content["data"] is None and content["hardware"] == "by the logs 8 processes on hardware that they do not name"
     )
     assert (folder / "train_gpt.py").read_text() == SCRIPT and (folder / "requirements.txt").read_text() == "brotli\n"
     assert (folder / "train_seed42.log").read_bytes() == (tmp_path / "their run/42.txt").read_bytes()
