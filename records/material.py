@@ -160,7 +160,7 @@ def of_runs(folders: list[Path]) -> Material:
 def unknown_data(data: dict[str, str]) -> Iterable[str]:
     """Yields what is not known of the data of audited runs."""
     if "train_sha256" in data:
-        yield "that the training shards are those of their manifest: `python data/verify.py FOLDER` says"
+        yield "that the training shards are those of their manifest (python data/verify.py FOLDER says)"
     for name, words in (("tokenizer", "tokenizer"), ("train", "training data"), ("val", "validation data")):
         if f"{name}_sha256" not in data:
             yield f"which {words} the runs had: they do not name them"

@@ -227,7 +227,7 @@ def test_three_seeds_become_a_complete_folder_whose_figures_are_those_of_the_run
     assert content["data"] == results[1]["data"] and len(content["data"]) == 3
     assert all(f"- `{digest}`: " in text for digest in content["data"].values())
     assert content["not_verified"] == [
-        "that the training shards are those of their manifest: `python data/verify.py FOLDER` says"
+        "that the training shards are those of their manifest (python data/verify.py FOLDER says)"
     ]
     assert "/corpus" not in text and "/corpus" not in (folder / "compliance_seed1.json").read_text()  # nobody's paths
     _, findings = check_folder(folder)
