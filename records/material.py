@@ -367,7 +367,8 @@ def refuse_copies(logs: list[tuple[Path, Log]]) -> None:
 
 def entry_of(path: Path, log: Log, code_size: int) -> Entry:
     """Returns what a log says of its seed."""
-    score, model, total = last_score(log), model_bytes(log), log.get("total")
+    score, model = last_score(log), model_bytes(log)
+    logged = log.get("total") or (model or 0) + (counted_code(log) or 0)
     train, steps = train_seconds(log) or None, train_steps(log) or None
     average = log.get("step_avg_ms")
     if average is None and train and log.get("stop_step"):
@@ -376,7 +377,6 @@ def entry_of(path: Path, log: Log, code_size: int) -> Entry:
     gpu, torch = GPU.search(text), TORCH.search(text)
     named = [f"device:{gpu[1] or gpu[2]}"] if gpu else []
     named += [f"torch:{torch[1]}"] if torch else []
-    is_other = counts_other_code(log, code_size)
     return Entry(
         seed=log.seed,
         val_bpb=float(score.bpb),
@@ -389,7 +389,7 @@ def entry_of(path: Path, log: Log, code_size: int) -> Entry:
         train_seconds=train,
         calibration_seconds=calibration_seconds(log),
         eval_seconds=scoring_seconds(log, score),
-        bytes_logged=int(total) if total and is_other else None,
+        bytes_logged=int(logged) if counts_other_code(log, code_size) else None,
     )
 
 

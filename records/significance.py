@@ -221,6 +221,12 @@ def load(path: Path) -> dict[str, Any]:
     return document
 
 
+def file_of(path: str | Path) -> Path:
+    """Returns the JSON file that a run's folder or a submission's folder is meant by."""
+    path = Path(path)
+    return path / "submission.json" if path.is_dir() else path
+
+
 def by_seed(document: dict[str, Any]) -> list[tuple[Any, Any]]:
     """Returns (seed, its entry) as the file has them, in one of the forms that submissions use."""
     seeds, listed = document.get("seeds"), document.get("seed_scores")
@@ -260,8 +266,7 @@ def read_scores(path: str | Path) -> list[Score]:
     """Returns the score of every seed in a run's folder, a submission's folder or a JSON file in the form of theirs.
 
     Raises ValueError, with the path, for a seed that is there twice, is missing or has no positive score."""
-    path = Path(path)
-    path = path / "submission.json" if path.is_dir() else path
+    path = file_of(path)
     document, scores = load(path), []
     try:
         for key, entry in by_seed(document):
@@ -294,16 +299,14 @@ def pool(paths: Sequence[str | Path]) -> list[Score]:
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """Returns the settings that a run says it had; none where the file is of another kind."""
-    path = Path(path)
-    settings = load(path / "submission.json" if path.is_dir() else path).get("settings")
+    settings = load(file_of(path)).get("settings")
     own = ("run_id", "seed", "resume", "data_path", "tokenizer_path", "fallback_dir")  # of a run or a machine
     return {n: v for n, v in settings.items() if n not in own} if isinstance(settings, dict) else {}
 
 
 def text_of(path: str | Path) -> str | None:
     """Returns the SHA-256 of the validation shards that a run or a submission names, None where it names none."""
-    path = Path(path)
-    data = load(path / "submission.json" if path.is_dir() else path).get("data")
+    data = load(file_of(path)).get("data")
     return data.get("val_sha256") if isinstance(data, dict) else None
 
 

@@ -223,11 +223,8 @@ def tests_of(content: dict[str, Any]) -> list[str]:
         if p is not None:
             lines.append(f"Welch's test, one-sided, {name}: t = {t:.3f}, df = {df:.2f}, p = {p:.4g}.")
     lines += [f"No test: {reason}." for reason in content["significance_notes"]]
-    lines += (
-        []
-        if content["same_text"]
-        else ["", "That both are scores of one text is not known: the hash of one is missing."]
-    )
+    if not content["same_text"]:
+        lines += ["", "That both are scores of one text is not known: the hash of one is missing."]
     return [*lines, ""]
 
 
@@ -319,7 +316,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("_.")
 
 
-def contents(material: Material, content: dict[str, Any]) -> dict[str, bytes]:
+def folder_files(material: Material, content: dict[str, Any]) -> dict[str, bytes]:
     """Returns name -> bytes of all files of the folder."""
     files = {"train_gpt.py": material.script}
     if material.source is not None:
@@ -372,7 +369,7 @@ def write_folder(material: Material, options: argparse.Namespace) -> tuple[Path,
 
 def write_checked(folder: Path, material: Material, content: dict[str, Any]) -> list[str]:
     """Writes the files and returns what records/check.py warns of; Refusal where it rejects them."""
-    for name, data in contents(material, content).items():
+    for name, data in folder_files(material, content).items():
         (folder / name).write_bytes(data)
     _, findings = checker.audit(folder)
     told: dict[str, list[str]] = {grade: [] for grade in ("reject", "warn", "note")}

@@ -417,8 +417,13 @@ def test_text_of_another_author_cannot_break_out_of_the_readme(theirs: Callable,
 def test_a_log_that_counts_another_script_is_taken_by_its_own_sum_and_the_folder_says_so(
     theirs: Callable, tmp_path: Path
 ) -> None:
-    folder = package(tmp_path, *theirs(total=MODEL + 70_000))
+    words = theirs(total=MODEL + 70_000)
+    (log,) = (Path(word) for word in words if word.endswith("314.txt"))
+    said = re.sub(r"Total.*\n", "", log.read_text())
+    log.write_text(re.sub(r"Code size: \d+", "Code size: 70000", said))
+    folder = package(tmp_path, *words)
     content, text = json.loads((folder / "submission.json").read_text()), (folder / "README.md").read_text()
+    assert {result["artifact_bytes"] for result in content["seed_results"].values()} == {MODEL + 70_000}
     assert content["bytes_total"] == MODEL + 70_000 and "the script that was given" in text
     assert f"its log counts 70,000 bytes of code, this script has {len(SCRIPT):,}" in text
     assert "records/check.py: S2" in text  # what the checker warns of stands in the folder

@@ -167,7 +167,8 @@ def parse_log(path: Path) -> Log:
 def seeds_of(log: Log) -> set[int]:
     """Returns the seeds that a log, and the runs before it, speak of."""
     dumped = number(log.config.get("seed", ("", 0))[0])
-    return log.seeds | {int(seed) for seed, _ in log.values.get("seed", ())} | ({int(dumped)} if dumped else set())
+    said = [seed for seed, _ in log.values.get("seed", ())] + [dumped]
+    return log.seeds | {int(seed) for seed in said if seed is not None}
 
 
 def parse_line(log: Log, line: str, count: int, header: bool) -> None:
