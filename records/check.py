@@ -7,6 +7,7 @@ The exit status is 0 without a reject, 1 with one, 2 for a folder that does not 
 
 import sys
 
+import available_packages  # noqa: F401
 from checker import main
 
 if __name__ == "__main__":

@@ -10,22 +10,17 @@ import hashlib
 import html
 import io
 import re
-import sys
 import xml.etree.ElementTree as ElementTree
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-try:
-    import matplotlib.style
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-except ImportError as missing:
-    sys.exit(f"records: error: the package {missing.name} is missing: pip install -r records/requirements.txt")
-
-from runs import printable  # noqa: E402
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from runs import printable
 
 CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 # Name -> (light, dark). Figures are drawn in the light colours, which PNGs keep; on the page each becomes var(--name).

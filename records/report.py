@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import available_packages  # noqa: F401
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import available_packages  # noqa: F401
 import numpy as np
 from challenge import ALPHA, MARGIN
 from scipy import optimize, stats

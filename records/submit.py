@@ -25,6 +25,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import available_packages  # noqa: F401
 import checker
 import significance
 from challenge import SEEDS_OF_A_RECORD, SIZE_LIMIT, TIME_LIMIT

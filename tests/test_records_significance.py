@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import random
 import statistics
 import subprocess
@@ -541,3 +542,15 @@ def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
     path = folder / "submission.json"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert s.read_scores(folder)
+
+
+@pytest.mark.parametrize("tool", ["check", "report", "significance", "submit"])
+def test_a_tool_without_its_packages_says_what_to_install(tool: str, tmp_path: Path) -> None:
+    code = "import importlib.util as u; find = u.find_spec\n"
+    code += "u.find_spec = lambda name, *rest: None if name == 'scipy' else find(name, *rest)\n"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    command = [sys.executable, str(ROOT / f"records/{tool}.py"), "x"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    fix = "missing packages: scipy: pip install -r records/requirements.txt\n"
+    assert (done.returncode, done.stderr) == (1, f"{tool}.py: error: {fix}")
